@@ -1,0 +1,1 @@
+//! tikv raft as a pure step function.

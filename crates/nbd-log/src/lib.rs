@@ -1,0 +1,1 @@
+//! Disk access and the node log.

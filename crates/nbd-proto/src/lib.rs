@@ -1,0 +1,1 @@
+//! The NBD wire protocol, both directions, sans-IO.

@@ -1,0 +1,1 @@
+//! Raft log, block map, checkpoints and chunk store.

@@ -1,0 +1,1 @@
+//! Real-process cluster, NBD test client and checkers, for tests.
