@@ -1,1 +1,56 @@
-//! tikv raft as a pure step function.
+//! The shard's consensus group as a pure step function.
+//!
+//! Nothing here reads a clock, a socket or a file, nor a random source other than raft-rs's election
+//! jitter, which [`GroupConfig::election_ticks_jitter`] switches off. The caller steps [`Input`]s
+//! and carries out [`Effects`]. It is the only crate that sees `raft`: its log is (index, term,
+//! bytes) to everyone else.
+//!
+//! ```text
+//!                              ┌─────────┐ ──▶ send_now                     transport
+//!  Tick, Message, Propose ───▶ │         │ ──▶ appends ─▶ log thread ─▶ Persisted(n) stepped
+//!  Persisted(n), Applied(i) ─▶ │  Group  │                    then ──▶ send_after_persist
+//!  Read, Compacted(i) ───────▶ │         │ ──▶ apply ──▶ state machine ─▶ Applied(i) stepped
+//!                              └─────────┘ ──▶ rejected, reads_ready       waiting requests
+//! ```
+//!
+//! **Durability rule**: what an append response or a vote promises is on stable storage before it
+//! leaves. So [`Append::send_after_persist`] waits for its append, and entries are handed out to be
+//! applied only when they are durable here as well as on a majority.
+//!
+//! **Cost rule**: a batch of proposals costs one append. That the commit index moved is not worth a
+//! write of its own: it rides with the next append, and whoever needs it sooner, the checkpoint,
+//! takes [`Group::hard_state`] along.
+//!
+//! Start at [`Group::step`]; the invariants are in its `check_invariants`.
+//!
+//! - [`config`]: [`GroupConfig`] and [`Recovered`], what a group starts from.
+//! - [`input`], [`effect`]: the vocabulary of a step.
+//! - [`group`]: the owner of the state. It drives raft-rs's asynchronous ready cycle.
+//! - `log_cache`: the log as raft-rs reads it. `readies`: appends under way. `proposals`: tickets
+//!   until their index is committed. `reads`: barriers.
+//! - `guard`: what is refused from peers. `codec`: raft-rs's types to and from ours and bytes.
+//! - [`error`], [`limits`].
+
+pub mod config;
+pub mod effect;
+pub mod error;
+pub mod group;
+pub mod input;
+pub mod limits;
+
+mod codec;
+mod guard;
+mod log_cache;
+mod logger;
+mod proposals;
+mod readies;
+mod reads;
+
+pub use config::{GroupConfig, Recovered};
+pub use effect::{
+    Append, Committed, Effects, Fetch, HardState, Leadership, OutMessage, PeerStatus, RejectReason,
+    Role, Status,
+};
+pub use error::{GroupError, MessageError};
+pub use group::Group;
+pub use input::{Entry, EntryKind, Input, Proposal, ReadyNumber, Ticket};

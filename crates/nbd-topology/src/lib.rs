@@ -7,7 +7,13 @@
 //!
 //! - [`ids`]: [`ShardId`], [`ReplicaId`], [`NodeName`], [`ClusterName`], and Raft's [`LogIndex`] and
 //!   [`Term`], shared by the crates that store them and the one that decides on them.
+//! - [`placement`][]: [`shard_of`].
+//! - [`shard_map`]: [`ShardMap`], the nodes of each shard.
 
 pub mod ids;
+pub mod placement;
+pub mod shard_map;
 
 pub use ids::{ClusterName, InvalidName, LogIndex, NodeName, ReplicaId, ShardId, Term};
+pub use placement::{DEFAULT_VOLUME_NAME, shard_of};
+pub use shard_map::{ShardMap, ShardMapError};

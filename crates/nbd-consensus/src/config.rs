@@ -1,0 +1,161 @@
+//! What a [`Group`](crate::Group) starts from.
+
+use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
+
+use crate::effect::HardState;
+use crate::error::GroupError;
+use crate::input::Entry;
+use crate::limits::{
+    APPLY_BYTES_MAX, CACHE_BYTES_MAX, ENTRY_BYTES_MAX, INFLIGHT_MESSAGES_MAX, MESSAGE_BYTES_MAX,
+    UNCOMMITTED_BYTES_MAX, VOTERS_MAX,
+};
+
+/// Settings of a group. Validated by [`Group::new`](crate::Group::new).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupConfig {
+    /// The shard the group serves. For log lines only: messages do not carry it.
+    pub shard: ShardId,
+    /// This replica.
+    pub replica: ReplicaId,
+    /// All voters, this replica among them, the same on each: 1 to 7.
+    pub voters: Vec<ReplicaId>,
+    /// Ticks without a leader until a follower stands for election, and within which a leader must
+    /// hear from a majority. Well above the slowest flush. Default: 12 (300 ms at 25 ms a tick).
+    pub election_ticks: u32,
+    /// Ticks from one heartbeat to the next. Default: 2.
+    pub heartbeat_ticks: u32,
+    /// Whether each wait is drawn from `election_ticks..2 * election_ticks`, by raft-rs's
+    /// thread-local generator, which keeps candidates from colliding. Simulations switch it off
+    /// and give each replica an `election_ticks` of its own. Default: true.
+    pub election_ticks_jitter: bool,
+    /// Largest data of an entry, proposed here or sent by a peer. Default: 2 MiB.
+    pub entry_bytes_max: usize,
+    /// Bytes a leader logs ahead of what is committed; past it proposals are refused as
+    /// [`Full`](crate::RejectReason::Full), though one always passes. Default: 64 MiB. Higher lets
+    /// a stalled majority pile up more memory; lower stalls large sequential writes.
+    pub uncommitted_bytes_max: usize,
+    /// Bytes of applied entries kept in memory for followers that lag. Entries not yet applied are
+    /// kept regardless. Default: 16 MiB.
+    pub cache_bytes_max: usize,
+}
+
+impl GroupConfig {
+    /// Default settings for these voters.
+    #[must_use]
+    pub const fn new(shard: ShardId, replica: ReplicaId, voters: Vec<ReplicaId>) -> Self {
+        Self {
+            shard,
+            replica,
+            voters,
+            election_ticks: 12,
+            heartbeat_ticks: 2,
+            election_ticks_jitter: true,
+            entry_bytes_max: ENTRY_BYTES_MAX,
+            uncommitted_bytes_max: UNCOMMITTED_BYTES_MAX,
+            cache_bytes_max: CACHE_BYTES_MAX,
+        }
+    }
+
+    /// Checks every rule stated on the fields.
+    pub(crate) fn validate(&self) -> Result<(), GroupError> {
+        let mut distinct = self.voters.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let voters = self.voters.len();
+        if voters == 0 || voters > VOTERS_MAX || distinct.len() != voters {
+            return Err(GroupError::Voters { voters });
+        }
+        if !self.voters.contains(&self.replica) {
+            return Err(GroupError::NotAVoter { replica: self.replica });
+        }
+        let (heartbeat, election) = (self.heartbeat_ticks, self.election_ticks);
+        if heartbeat == 0 || heartbeat >= election || election > u32::MAX / 2 {
+            return Err(GroupError::Ticks { heartbeat, election });
+        }
+        let (entry, uncommitted) = (self.entry_bytes_max, self.uncommitted_bytes_max);
+        if entry == 0 || entry > uncommitted || (uncommitted as u64) < MESSAGE_BYTES_MAX {
+            return Err(GroupError::Sizes { entry, uncommitted });
+        }
+        Ok(())
+    }
+
+    /// These settings as raft-rs takes them. Everything whose default there is off or unlimited is
+    /// set: a leader that lost its majority must step down, a replica that was away must not depose
+    /// a working leader, and nothing may grow without bound.
+    pub(crate) fn to_raft(&self, applied: LogIndex) -> raft::Config {
+        let election = self.election_ticks as usize;
+        raft::Config {
+            id: self.replica.get(),
+            election_tick: election,
+            heartbeat_tick: self.heartbeat_ticks as usize,
+            min_election_tick: election,
+            max_election_tick: if self.election_ticks_jitter { 2 * election } else { election + 1 },
+            applied: applied.0,
+            max_size_per_msg: MESSAGE_BYTES_MAX,
+            max_inflight_msgs: INFLIGHT_MESSAGES_MAX,
+            check_quorum: true,
+            pre_vote: true,
+            read_only_option: raft::ReadOnlyOption::Safe,
+            skip_bcast_commit: true,
+            batch_append: true,
+            priority: 0,
+            max_uncommitted_size: self.uncommitted_bytes_max as u64,
+            max_committed_size_per_ready: APPLY_BYTES_MAX,
+        }
+    }
+}
+
+/// What the log and the last checkpoint hold of a group. The default is a group that never ran.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Recovered {
+    /// The last hard state on stable storage.
+    pub hard_state: HardState,
+    /// Highest index in the state machine. `compacted <= applied <= hard_state.commit <= last`.
+    pub applied: LogIndex,
+    /// The log starts behind this entry; its term is still needed to match followers.
+    pub compacted: (LogIndex, Term),
+    /// Term of each entry from behind `compacted` to the last.
+    pub terms: Vec<Term>,
+    /// Every entry above `applied`, by index. Those up to `hard_state.commit` will be handed out to
+    /// be applied; the fate of the others is open.
+    pub tail: Vec<Entry>,
+}
+
+impl Recovered {
+    /// The last entry's index, or the compacted one.
+    pub(crate) fn last(&self) -> LogIndex {
+        LogIndex(self.compacted.0.0 + self.terms.len() as u64)
+    }
+
+    /// Checks every rule stated on the fields.
+    pub(crate) fn validate(&self) -> Result<(), GroupError> {
+        let (compacted, applied, commit) = (self.compacted.0, self.applied, self.hard_state.commit);
+        let last = self.last();
+        if compacted > applied || applied > commit || commit > last {
+            return Err(GroupError::Indexes { compacted, applied, commit, last });
+        }
+        let current = self.hard_state.term;
+        let mut before = self.compacted.1;
+        let mut index = compacted;
+        for term in std::iter::once(before).chain(self.terms.iter().copied()) {
+            if term < before || term > current {
+                return Err(GroupError::Terms { index, term, current });
+            }
+            before = term;
+            index = index.next();
+        }
+        let mut index = applied;
+        for entry in &self.tail {
+            index = index.next();
+            let place = usize::try_from(index.0 - compacted.0 - 1).ok();
+            let term = place.and_then(|place| self.terms.get(place));
+            if entry.index != index || term != Some(&entry.term) {
+                return Err(GroupError::Tail { applied, index });
+            }
+        }
+        if index != last {
+            return Err(GroupError::Tail { applied, index: index.next() });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,109 @@
+//! Checks on peer messages, before raft-rs sees them.
+//!
+//! raft-rs trusts its peers: it panics on a commit index beyond its log, takes a term of 0 for a
+//! local event, and adds to numbers it was sent. Everything a broken peer could trip it with is
+//! refused here. What cannot be checked is a peer that lies plausibly, say about what it persisted.
+
+use protobuf::ProtobufEnum as _;
+use raft::eraftpb::{Message, MessageType};
+
+use crate::error::MessageError;
+use crate::limits::COUNTER_MAX;
+
+/// What a message is checked against.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Guard {
+    /// This replica.
+    pub(crate) replica: u64,
+    /// The current term.
+    pub(crate) term: u64,
+    /// Whether this replica leads in `term`.
+    pub(crate) leader: bool,
+    /// Highest index in the log.
+    pub(crate) last: u64,
+    /// Largest data of an entry.
+    pub(crate) entry_bytes_max: usize,
+}
+
+impl Guard {
+    /// Refuses what raft-rs must not see. `is_member` tells whether an id belongs to the group.
+    pub(crate) fn check(
+        &self,
+        message: &Message,
+        is_member: impl Fn(u64) -> bool,
+    ) -> Result<(), MessageError> {
+        if message.to != self.replica {
+            return Err(MessageError::Recipient { to: message.to });
+        }
+        if message.from == self.replica || !is_member(message.from) {
+            return Err(MessageError::Sender { from: message.from });
+        }
+        let counters = [
+            message.term,
+            message.log_term,
+            message.index,
+            message.commit,
+            message.commit_term,
+            message.reject_hint,
+        ];
+        if let Some(&value) = counters.iter().find(|value| **value > COUNTER_MAX) {
+            return Err(MessageError::Range { value });
+        }
+        // Each kind that peers send carries its sender's term; 0 would pass for a local event.
+        if message.term == 0 {
+            return Err(MessageError::Range { value: 0 });
+        }
+        match message.msg_type {
+            MessageType::MsgAppend => self.check_append(message),
+            MessageType::MsgHeartbeat => self.check_heartbeat(message),
+            MessageType::MsgAppendResponse => self.check_append_response(message),
+            MessageType::MsgHeartbeatResponse
+            | MessageType::MsgRequestVote
+            | MessageType::MsgRequestVoteResponse
+            | MessageType::MsgRequestPreVote
+            | MessageType::MsgRequestPreVoteResponse
+            | MessageType::MsgTimeoutNow => Ok(()),
+            kind => Err(MessageError::Kind { kind: kind.value() }),
+        }
+    }
+
+    fn check_append(&self, message: &Message) -> Result<(), MessageError> {
+        let mut index = message.index;
+        let mut term = message.log_term;
+        for entry in &message.entries {
+            index += 1;
+            if entry.index != index || entry.term < term || entry.term > message.term {
+                return Err(MessageError::Entries { index });
+            }
+            term = entry.term;
+            let bytes = entry.data.len();
+            if bytes > self.entry_bytes_max {
+                return Err(MessageError::EntryTooLarge { index, bytes });
+            }
+        }
+        if term > message.term {
+            return Err(MessageError::Entries { index });
+        }
+        Ok(())
+    }
+
+    /// A heartbeat's commit index never exceeds what this replica acknowledged.
+    const fn check_heartbeat(&self, message: &Message) -> Result<(), MessageError> {
+        if message.commit > self.last {
+            return Err(MessageError::CommitBeyondLog { commit: message.commit, last: self.last });
+        }
+        Ok(())
+    }
+
+    /// Answers from an earlier term may name entries that were lost since; raft-rs ignores them.
+    fn check_append_response(&self, message: &Message) -> Result<(), MessageError> {
+        if message.request_snapshot != 0 {
+            return Err(MessageError::Kind { kind: MessageType::MsgSnapshot.value() });
+        }
+        let index = message.index.max(message.reject_hint);
+        if self.leader && message.term == self.term && index > self.last {
+            return Err(MessageError::IndexBeyondLog { index, last: self.last });
+        }
+        Ok(())
+    }
+}

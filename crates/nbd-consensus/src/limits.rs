@@ -1,0 +1,46 @@
+//! Every bound of this crate, in one place.
+
+/// Bytes of entries raft-rs puts into one append message, and the size at which an outgoing message
+/// is split. 256 KiB keeps a heartbeat from waiting long behind bulk on one connection; raft-rs's
+/// own default of 0 means one entry per message.
+pub const MESSAGE_BYTES_MAX: u64 = 256 << 10;
+
+/// Append messages on the way to one follower and not yet answered. Worst memory in flight for a
+/// follower is this times [`MESSAGE_BYTES_MAX`]: 16 MiB.
+pub const INFLIGHT_MESSAGES_MAX: usize = 64;
+
+/// Default for [`GroupConfig::uncommitted_bytes_max`](crate::GroupConfig::uncommitted_bytes_max).
+pub const UNCOMMITTED_BYTES_MAX: usize = 64 << 20;
+
+/// Bytes of committed entries one raft-rs ready hands out to be applied, so that a burst is cut into
+/// pieces. Unlimited by raft-rs's own default.
+pub const APPLY_BYTES_MAX: u64 = 8 << 20;
+
+/// Default for [`GroupConfig::entry_bytes_max`](crate::GroupConfig::entry_bytes_max): the largest
+/// mutation (1 MiB) with its header and checksums, and as much again for batching small ones.
+pub const ENTRY_BYTES_MAX: usize = 2 << 20;
+
+/// Default for [`GroupConfig::cache_bytes_max`](crate::GroupConfig::cache_bytes_max).
+pub const CACHE_BYTES_MAX: usize = 16 << 20;
+
+/// Memory an entry in the cache takes besides its data; counted so that a million empty entries are
+/// not free. The size of a raft-rs `Entry` rounded up.
+pub const ENTRY_OVERHEAD_BYTES: usize = 160;
+
+/// Reads waiting for a barrier in one group. Past it they are refused as
+/// [`RejectReason::Full`](crate::RejectReason::Full).
+pub const READS_WAITING_MAX: usize = 65_536;
+
+/// Requests for entries no longer in memory that may be open at once: two for each possible
+/// follower. Past it a follower's turn comes with its next heartbeat response.
+pub const FETCHES_MAX: usize = 2 * VOTERS_MAX;
+
+/// Voters in one group.
+pub const VOTERS_MAX: usize = 7;
+
+/// Largest term and index taken from a peer. Far beyond reach in honest operation, and far enough
+/// below `u64::MAX` that adding to one cannot wrap.
+pub const COUNTER_MAX: u64 = u64::MAX / 2;
+
+const _: () = assert!(UNCOMMITTED_BYTES_MAX as u64 >= MESSAGE_BYTES_MAX);
+const _: () = assert!(UNCOMMITTED_BYTES_MAX >= ENTRY_BYTES_MAX);
