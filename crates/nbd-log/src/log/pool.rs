@@ -1,0 +1,384 @@
+//! The life of segment files: spare, active, sealed, freed, spare again.
+//!
+//! ```text
+//!             prepare_spare           LogWriter rotates        LogWriter rotates away
+//!   (nothing) ────────────▶  spare  ───────────────────▶ active ────────────────▶ sealed
+//!                              ▲                                                    │ free_through
+//!                              └──────── waiting, until older pins are gone ◀───────┘
+//! ```
+//!
+//! **Pins.** The pool holds one token (an `Arc`) for the present epoch, and a pin is a clone of it.
+//! Freeing segments ends the epoch: they wait together with its token. They become spares once
+//! nobody else holds the token *and* everything freed before them has become spare. A pin taken
+//! before they were freed is of their epoch or an older one: the first condition covers the former,
+//! the second the latter. A token whose epoch has ended can only be cloned from a pin, so a count
+//! that has fallen to one stays there.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use nbd_topology::{LogIndex, ShardId};
+use parking_lot::Mutex;
+
+use super::error::LogReadError;
+use super::options::LogOptions;
+use super::record::{HardState, LogPosition};
+use crate::io::{AlignedBuf, Disk, DiskFile, OpenMode};
+use crate::limits::SCAN_BYTES;
+
+/// Directory of the segment files.
+pub(super) const LOG_DIR: &str = "log";
+
+/// The segment files of a log. Shared by the writer, the readers and whoever takes checkpoints; a
+/// lock around a leaf, held across no I/O.
+pub struct SegmentPool {
+    disk: Arc<dyn Disk>,
+    options: LogOptions,
+    state: Mutex<State>,
+    /// Held while a file is made, so that writer and background thread do not each make one.
+    creating: Mutex<()>,
+    /// Last durable hard state of each shard since the log was opened. Noted before the batch after
+    /// it is written.
+    hard_states: Mutex<BTreeMap<ShardId, HardState>>,
+}
+
+/// Keeps segments readable, see [`super::LogReader::pin`]. Clones hold the same segments.
+#[derive(Clone)]
+pub struct LogPin {
+    _epoch: Arc<()>,
+}
+
+/// A live or waiting segment.
+pub(super) struct Segment {
+    pub(super) seq: u64,
+    pub(super) name: Arc<str>,
+    pub(super) file: Arc<dyn DiskFile>,
+    /// Highest index of each shard that has entries here.
+    pub(super) highest: BTreeMap<ShardId, LogIndex>,
+}
+
+/// A file that may be written over.
+pub(super) struct Spare {
+    pub(super) name: Arc<str>,
+    pub(super) file: Arc<dyn DiskFile>,
+    /// Sequence number of its last use, `None` if it was never used. Written over only once a
+    /// durable batch or header names a higher one as the oldest that is live.
+    pub(super) last_seq: Option<u64>,
+}
+
+/// Where a position lies.
+pub(super) struct Place {
+    pub(super) name: Arc<str>,
+    pub(super) file: Arc<dyn DiskFile>,
+    pub(super) offset: u64,
+}
+
+/// Why the writer gets no spare.
+pub(super) enum TakeError {
+    Full,
+    Io { file: String, source: io::Error },
+}
+
+struct State {
+    /// Consecutive sequence numbers; the last one is active, the others are sealed.
+    live: VecDeque<Segment>,
+    /// End of the last batch in the active segment. 0 without one.
+    active_end: u64,
+    /// Freed, oldest first, each group with the token of the epoch that its freeing ended.
+    waiting: VecDeque<Waiting>,
+    spares: Vec<Spare>,
+    /// Token of the present epoch.
+    epoch: Arc<()>,
+    /// Files that exist or are being made. Bounded by the log's size, except that files found at
+    /// opening are kept. Equals live + waiting + spares + those being made or in the writer's hands.
+    files: u64,
+    /// Number that no file has yet.
+    next_file: u64,
+}
+
+struct Waiting {
+    epoch: Arc<()>,
+    segments: Vec<Segment>,
+}
+
+impl SegmentPool {
+    pub(super) fn new(
+        disk: Arc<dyn Disk>,
+        options: LogOptions,
+        live: VecDeque<Segment>,
+        active_end: u64,
+        spares: Vec<Spare>,
+        next_file: u64,
+    ) -> Self {
+        let files = (live.len() + spares.len()) as u64;
+        let (waiting, epoch) = (VecDeque::new(), Arc::new(()));
+        let state = State { live, active_end, waiting, spares, epoch, files, next_file };
+        let (creating, hard_states) = (Mutex::new(()), Mutex::default());
+        Self { disk, options, state: Mutex::new(state), creating, hard_states }
+    }
+
+    /// Makes sure that the writer finds a spare segment, unless the log is at its bound: prefills
+    /// one if there is none. Takes as long as writing a segment; meant for a background thread, often.
+    /// Returns true if it made one.
+    ///
+    /// An error leaves the log as it was; `StorageFull` is worth a retry, others are not.
+    pub fn prepare_spare(&self) -> io::Result<bool> {
+        let _creating = self.creating.lock();
+        {
+            let mut state = self.state.lock();
+            state.release();
+            if !state.spares.is_empty() || state.files >= self.files_max() {
+                return Ok(false);
+            }
+        }
+        self.create_spare().map_err(|(_, source)| source)?;
+        Ok(true)
+    }
+
+    /// Frees the oldest sealed segments as long as every entry in them is at or below the index
+    /// given for its shard, and returns how many that were. Only call this when all those entries,
+    /// and what the hard states in those segments say, are on stable storage elsewhere: the next
+    /// recovery may not find them here.
+    ///
+    /// Nothing here tells which segments hold hard states newer than a [`SegmentPool::hard_states`]
+    /// of a while ago. A caller keeps those by leaving uncovered an entry that was written before it
+    /// asked: the segment of that entry stays, and all after it.
+    pub fn free_through(&self, covered: &BTreeMap<ShardId, LogIndex>) -> usize {
+        let mut state = self.state.lock();
+        let is_free = |segment: &Segment| {
+            let mut highest = segment.highest.iter();
+            highest.all(|(shard, index)| covered.get(shard).is_some_and(|through| index <= through))
+        };
+        let sealed = state.live.len().saturating_sub(1);
+        let freed = state.live.iter().take(sealed).take_while(|segment| is_free(segment)).count();
+        if freed > 0 {
+            let segments = state.live.drain(..freed).collect();
+            let epoch = std::mem::take(&mut state.epoch);
+            state.waiting.push_back(Waiting { epoch, segments });
+        }
+        state.release();
+        freed
+    }
+
+    /// Turns freed segments into spares as far as pins allow. Freeing and preparing do the same;
+    /// this is for when nothing else happens. Returns the number of spares.
+    pub fn release(&self) -> usize {
+        let mut state = self.state.lock();
+        state.release();
+        state.spares.len()
+    }
+
+    /// Bytes of log that no checkpoint covers: whole sealed segments and what is written of the
+    /// active one.
+    #[must_use]
+    pub fn live_bytes(&self) -> u64 {
+        let state = self.state.lock();
+        let sealed = state.live.len().saturating_sub(1) as u64;
+        sealed * self.options.segment_bytes + state.active_end
+    }
+
+    /// Last hard state of each shard that was written, durably, since the log was opened: what a
+    /// checkpoint has to hold before it frees segments.
+    #[must_use]
+    pub fn hard_states(&self) -> BTreeMap<ShardId, HardState> {
+        self.hard_states.lock().clone()
+    }
+
+    pub(super) fn note_hard_state(&self, shard: ShardId, hard_state: HardState) {
+        self.hard_states.lock().insert(shard, hard_state);
+    }
+
+    /// Bytes that segment files take now, spares included.
+    #[must_use]
+    pub fn file_bytes(&self) -> u64 {
+        self.state.lock().files * self.options.segment_bytes
+    }
+
+    /// Most bytes that segment files may take.
+    #[must_use]
+    pub const fn bytes_max(&self) -> u64 {
+        self.options.log_bytes_max
+    }
+
+    /// Size of one segment.
+    #[must_use]
+    pub const fn segment_bytes(&self) -> u64 {
+        self.options.segment_bytes
+    }
+
+    pub(super) const fn options(&self) -> &LogOptions {
+        &self.options
+    }
+
+    pub(super) fn pin(&self) -> LogPin {
+        LogPin { _epoch: Arc::clone(&self.state.lock().epoch) }
+    }
+
+    /// Finds the file that holds `len` bytes from `position`.
+    pub(super) fn locate(&self, position: LogPosition, len: usize) -> Result<Place, LogReadError> {
+        let size = self.options.segment_bytes;
+        let (seq, offset) = (position.0 / size, position.0 % size);
+        if offset + len as u64 > size {
+            return Err(LogReadError::OutOfRange { position, len });
+        }
+        let state = self.state.lock();
+        let segment = state.segment(seq).ok_or(LogReadError::Freed { position })?;
+        Ok(Place { name: Arc::clone(&segment.name), file: Arc::clone(&segment.file), offset })
+    }
+
+    /// Sequence number of the oldest live segment, `None` in a log that was never written.
+    pub(super) fn oldest_live(&self) -> Option<u64> {
+        self.state.lock().live.front().map(|segment| segment.seq)
+    }
+
+    /// Takes `count` spares, making files where there are too few and the bound allows it. All or
+    /// none. The longest unused come first.
+    pub(super) fn take_spares(&self, count: usize) -> Result<VecDeque<Spare>, TakeError> {
+        if let Some(spares) = self.state.lock().take(count) {
+            return Ok(spares);
+        }
+        let _creating = self.creating.lock();
+        loop {
+            {
+                let mut state = self.state.lock();
+                if let Some(spares) = state.take(count) {
+                    return Ok(spares);
+                }
+                let missing = (count - state.spares.len()) as u64;
+                if state.files + missing > self.files_max() {
+                    return Err(TakeError::Full);
+                }
+            }
+            self.create_spare().map_err(|(file, source)| TakeError::Io { file, source })?;
+        }
+    }
+
+    /// Makes a segment the active one. Its header is durable.
+    pub(super) fn activate(&self, segment: Segment, end: u64) {
+        let mut state = self.state.lock();
+        let follows = state.live.back().is_none_or(|last| last.seq + 1 == segment.seq);
+        assert!(follows, "live segments are consecutive");
+        state.live.push_back(segment);
+        state.active_end = end;
+    }
+
+    /// Notes what a durable batch brought into the active segment.
+    pub(super) fn note_batch(&self, highest: &[(ShardId, LogIndex)], end: u64) {
+        let mut state = self.state.lock();
+        state.active_end = end;
+        let active = state.live.back_mut().expect("batches go into an active segment");
+        for &(shard, index) in highest {
+            raise(&mut active.highest, shard, index);
+        }
+    }
+
+    fn files_max(&self) -> u64 {
+        self.options.log_bytes_max / self.options.segment_bytes
+    }
+
+    /// Makes a spare. The caller holds `creating` and has checked the bound.
+    fn create_spare(&self) -> Result<(), (String, io::Error)> {
+        let number = {
+            let mut state = self.state.lock();
+            state.files += 1;
+            state.next_file += 1;
+            state.next_file - 1
+        };
+        let unfinished = format!("{LOG_DIR}/{number:06}.new");
+        let name = format!("{LOG_DIR}/{number:06}.seg");
+        match self.create_file(&unfinished, &name) {
+            Ok(file) => {
+                let spare = Spare { name: name.into(), file, last_seq: None };
+                self.state.lock().spares.push(spare);
+                Ok(())
+            }
+            Err(error) => {
+                // What cannot be removed now is removed when the log is opened next.
+                _ = self.disk.remove(&unfinished);
+                self.state.lock().files -= 1;
+                Err((name, error))
+            }
+        }
+    }
+
+    /// Writes a whole segment of zeroes: the first real write to a block that is only reserved would
+    /// pay for a change of metadata, twice the time of a plain overwrite. The name that counts comes
+    /// last, so that a file of that name is always complete.
+    fn create_file(&self, unfinished: &str, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let file = self.disk.open(unfinished, OpenMode::CreateNew)?;
+        let size = self.options.segment_bytes;
+        file.allocate(0, size)?;
+        let zeroes = AlignedBuf::zeroed(SCAN_BYTES);
+        let mut offset = 0;
+        while offset < size {
+            let len = SCAN_BYTES.min(usize::try_from(size - offset).unwrap_or(SCAN_BYTES));
+            file.write_many_at(&[(offset, &zeroes[..len])])?;
+            offset += len as u64;
+        }
+        file.sync()?;
+        self.disk.rename(unfinished, name)?;
+        self.disk.sync_dir(LOG_DIR)?;
+        Ok(file)
+    }
+}
+
+impl State {
+    /// Turns waiting segments into spares as long as no pin can reach them.
+    fn release(&mut self) {
+        while let Some(oldest) = self.waiting.front_mut() {
+            // `get_mut` and not `strong_count`: it also orders the last pin's reads before us.
+            if Arc::get_mut(&mut oldest.epoch).is_none() {
+                return;
+            }
+            let segments = self.waiting.pop_front().map_or_else(Vec::new, |w| w.segments);
+            self.spares.extend(segments.into_iter().map(|segment| Spare {
+                name: segment.name,
+                file: segment.file,
+                last_seq: Some(segment.seq),
+            }));
+        }
+    }
+
+    fn take(&mut self, count: usize) -> Option<VecDeque<Spare>> {
+        self.release();
+        if self.spares.len() < count {
+            return None;
+        }
+        self.spares.sort_by_key(|spare| spare.last_seq);
+        Some(self.spares.drain(..count).collect())
+    }
+
+    fn segment(&self, seq: u64) -> Option<&Segment> {
+        let oldest = self.live.front()?.seq;
+        if let Some(nth) = seq.checked_sub(oldest) {
+            return self.live.get(usize::try_from(nth).ok()?);
+        }
+        self.waiting.iter().flat_map(|w| &w.segments).find(|segment| segment.seq == seq)
+    }
+}
+
+/// Raises a shard's highest index to `index`.
+pub(super) fn raise(highest: &mut BTreeMap<ShardId, LogIndex>, shard: ShardId, index: LogIndex) {
+    let known = highest.entry(shard).or_insert(index);
+    *known = index.max(*known);
+}
+
+impl fmt::Debug for SegmentPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.state.lock();
+        f.debug_struct("SegmentPool")
+            .field("live", &state.live.iter().map(|segment| segment.seq).collect::<Vec<_>>())
+            .field("waiting", &state.waiting.iter().map(|w| w.segments.len()).sum::<usize>())
+            .field("spares", &state.spares.len())
+            .field("files", &state.files)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for LogPin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LogPin")
+    }
+}
