@@ -1,2 +1,85 @@
-//! Entry point.
-fn main() {}
+//! The one door for developers: `cargo xtask <command>`.
+//!
+//! CI runs exactly `cargo xtask ci`; whatever passes here passes there. Commands are plain child
+//! processes and each says what it runs.
+//!
+//! - [`mod@test`]: install missing test tools, run every test, print the totals.
+//! - [`ci`]: the static checks, then the same tests.
+//! - [`deps`]: who may depend on whom.
+//! - [`tidy`]: what neither the compiler, clippy nor rustfmt checks.
+//! - [`mod@bench`]: paired measurements, in release.
+
+mod bench;
+mod ci;
+mod deps;
+mod process;
+mod test;
+mod tidy;
+mod tools;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Developer commands of Cinderblock.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run every test; the last line is `N passed, N failed, N skipped`.
+    Test {
+        /// Leave missing test tools missing; the tests that need them are skipped.
+        #[arg(long)]
+        no_install: bool,
+        /// Passed on to `cargo test`, as in `-- placement`.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Format, lints, docs, deps, tidy, then every test. Each check counts as one test.
+    Ci {
+        /// Leave missing test tools missing; the tests that need them are skipped.
+        #[arg(long)]
+        no_install: bool,
+    },
+    /// Check the direction of dependencies and the fences around them.
+    Deps,
+    /// Check file sizes, leftovers and crate docs.
+    Tidy,
+    /// Build in release and run the benchmarks.
+    Bench {
+        /// Passed on to the benchmark program.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether everything that was asked for succeeded.
+fn run(command: Command) -> anyhow::Result<bool> {
+    let root = process::workspace_root();
+    match command {
+        Command::Test { no_install, args } => {
+            tools::ensure(!no_install);
+            Ok(test::run(&root, &args).report())
+        }
+        Command::Ci { no_install } => Ok(ci::run(&root, no_install).report()),
+        Command::Deps => deps::check(&root).map(|()| true),
+        Command::Tidy => tidy::check(&root).map(|()| true),
+        Command::Bench { args } => bench::run(&root, &args).map(|()| true),
+    }
+}

@@ -1,1 +1,32 @@
-//! Real-process cluster, NBD test client and checkers, for tests.
+//! Support for tests that run real processes: the tier below is tested in each crate itself.
+//!
+//! Everything here is blocking and panics with what a person needs to see, since its callers are
+//! tests; only [`NbdClient`] returns errors, because tests want to look at them. Nothing of this
+//! ships.
+//!
+//! - [`Cluster`], [`NodeProcess`]: `nbd-replica` processes on free loopback ports, each with a data
+//!   directory of its own: kill, terminate, pause, restart; gone with the test.
+//! - [`NbdClient`]: an NBD client over `nbd-proto`'s client side, with pipelining and access to the
+//!   bytes for tests that misbehave.
+//! - [`http`]: GET, for probes and metrics.
+//! - [`tools`]: finding programs, and skipping tests that need a missing one ([`require_tools!`]).
+//! - [`Ext4Image`]: an ext4 image with known files, and a check of one.
+//! - [`process`]: memory use and signals, by process id.
+
+pub mod http;
+pub mod process;
+pub mod tools;
+
+mod binary;
+mod client;
+mod cluster;
+mod ext4;
+mod node;
+
+pub use self::binary::binary;
+pub use self::client::{
+    ClientError, ConnectOptions, ErrorReply, NbdClient, Outcome, Reply, list_exports,
+};
+pub use self::cluster::{Cluster, ClusterBuilder};
+pub use self::ext4::Ext4Image;
+pub use self::node::NodeProcess;
