@@ -1,0 +1,633 @@
+//! Bringing what changed home, so that the log can be freed.
+//!
+//! ```text
+//!   1 freeze     active overlay becomes frozen; sessions, volumes, applied index A with it
+//!   2 wait       for read plans from before: they may read slots that 4 overwrites
+//!   3 intent     one transaction: "everything up to A is committed"
+//!   4 write      blocks home: in place, or to fresh slots; then sync the data file
+//!   5 commit     one transaction: homes, slots, volumes, sessions, A
+//!   6 publish    the caches forget the old homes, the frozen overlay goes
+//!   7 wait       for read plans from before; then free what only they could still reach: slots that
+//!                were left, log segments up to A
+//! ```
+//!
+//! A block goes home in place only if all of it lies in the log: should the machine stop in the
+//! middle, recovery finds it there. A chunk with a partly overwritten block goes to a fresh slot,
+//! its other blocks copied. Step 3 is what makes recovery replay at least up to A: otherwise it
+//! might stop short of an entry whose block was overwritten already.
+//!
+//! When slots run out, or one transaction has changed enough, 4 to 7 are done for what has been
+//! placed, with the old applied index, which makes the slots left so far free, and then go on with
+//! the rest. Replaying the log over such a half-way state gives the same result as over the old one:
+//! it rewrites every block that changed.
+//!
+//! **Rules.** What the last durable transaction refers to is overwritten only by a block whose whole
+//! new content is in the log behind that transaction's applied index. A slot that a transaction
+//! leaves is not taken before that transaction is durable and read plans from before are gone. Log
+//! segments are freed behind a durable transaction only. A failed sync or transaction is final.
+
+mod batch;
+mod work;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::iter::Peekable;
+use std::sync::Arc;
+
+use nbd_log::io::Disk;
+use nbd_log::log::{HardState, LogPosition, LogReadError, LogReader, SegmentPool};
+use nbd_topology::{LogIndex, ShardId};
+use redb::WriteTransaction;
+
+use self::batch::{Batch, Origin};
+use self::work::Work;
+use crate::chunk::Base;
+use crate::chunk::database::{self, ChunkTable, MetadataError};
+use crate::chunk::meta::{ChunkKey, ChunkMeta, HomeBlock, Slot};
+use crate::chunk::record::ShardRecord;
+use crate::chunk::slots::SlotMap;
+use crate::dirty::DirtyLog;
+use crate::ids::ChunkIndex;
+use crate::limits::{
+    BLOCK_BYTES, BLOCKS_PER_CHUNK, CHANGES_PER_TRANSACTION_MAX, CHUNK_BYTES, GROWTH_SLOTS,
+    META_BYTES_PER_CHANGE, META_HEADROOM_BYTES, META_HEADROOM_LEAST_BYTES,
+};
+use crate::overlay::{BlockBase, OverlayChunk, ZeroKind};
+use crate::shard::Shard;
+use crate::shard::pins::{Pin, PinGate, RetiredPin};
+use crate::shard::state::Frozen;
+use crate::space::{SpaceGauge, log_growth};
+
+/// What a checkpoint did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CheckpointReport {
+    /// For each shard the entry up to which everything is home now: the log before it may be
+    /// compacted.
+    pub applied: BTreeMap<ShardId, LogIndex>,
+    /// Chunks whose home changed, removed ones included.
+    pub chunks: u64,
+    /// Blocks written.
+    pub blocks: u64,
+    /// The same in bytes.
+    pub bytes: u64,
+    /// Blocks whose only copy was found damaged. They stay so, and unreadable.
+    pub corrupt_blocks: u64,
+    /// Log segments freed.
+    pub segments_freed: usize,
+}
+
+/// Why a checkpoint did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// No room for a new slot. Nothing is lost, everything stays readable, and the next run starts
+    /// over, including what changed until then.
+    #[error("the disk has no room for a checkpoint")]
+    NoSpace,
+    /// The data file could not be read, written or synced. The node must stop.
+    #[error("the data file failed")]
+    Data {
+        /// What the disk said.
+        source: io::Error,
+    },
+    /// The log could not be read. The node must stop.
+    #[error(transparent)]
+    Log(#[from] LogReadError),
+    /// The metadata database failed or is damaged. The node must stop.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
+    /// An earlier run ended in an error after which nothing is certain.
+    #[error("the checkpointer has failed before")]
+    Failed,
+}
+
+impl CheckpointError {
+    /// Whether the node must stop: a disk that failed once is not trusted again.
+    #[must_use]
+    pub const fn is_fatal(&self) -> bool {
+        !matches!(self, Self::NoSpace)
+    }
+}
+
+/// How much a checkpoint would have to do. Cheap to clone; for threads that decide when to run one.
+#[derive(Debug, Clone)]
+pub struct CheckpointGauge {
+    dirty: Arc<DirtyLog>,
+    space: Arc<SpaceGauge>,
+    log_bytes: u64,
+}
+
+impl CheckpointGauge {
+    /// Bytes of log that the next checkpoint would cover.
+    #[must_use]
+    pub fn dirty_log_bytes(&self) -> u64 {
+        self.dirty.bytes()
+    }
+
+    /// Whether it is time: enough log to cover, or so many changed chunks that their descriptions
+    /// weigh (a few hundred bytes each, in memory).
+    #[must_use]
+    pub fn should_run(&self) -> bool {
+        self.dirty_log_bytes() >= self.log_bytes || self.space.pending() >= self.log_bytes / 512
+    }
+}
+
+/// Takes a node's checkpoints, for all its shards at once. Owned by a thread of its own.
+#[derive(Debug)]
+pub struct Checkpointer {
+    disk: Arc<dyn Disk>,
+    base: Arc<Base>,
+    shards: Vec<Arc<Shard>>,
+    /// Each shard's record as of the last durable transaction.
+    records: BTreeMap<ShardId, ShardRecord>,
+    slots: SlotMap,
+    log: LogReader,
+    segments: Arc<SegmentPool>,
+    gate: Arc<PinGate>,
+    gauge: CheckpointGauge,
+    batch: Batch,
+    failed: bool,
+}
+
+/// What [`Checkpointer`] is made from.
+pub(crate) struct CheckpointerParts {
+    pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) base: Arc<Base>,
+    pub(crate) shards: Vec<Arc<Shard>>,
+    pub(crate) records: BTreeMap<ShardId, ShardRecord>,
+    pub(crate) slots: SlotMap,
+    pub(crate) log: LogReader,
+    pub(crate) segments: Arc<SegmentPool>,
+    pub(crate) gate: Arc<PinGate>,
+    pub(crate) dirty: Arc<DirtyLog>,
+    pub(crate) space: Arc<SpaceGauge>,
+    pub(crate) log_bytes: u64,
+}
+
+/// Everything frozen for one run.
+struct Freeze {
+    shards: Vec<(Arc<Shard>, Arc<Frozen>)>,
+    /// The shard whose applied entry lies last in the log, and that entry.
+    newest: Option<(LogPosition, ShardId, LogIndex)>,
+}
+
+/// What is still to be placed.
+type WorkList<'a> = Peekable<Box<dyn Iterator<Item = Work<'a>> + 'a>>;
+
+fn boxed<'a>(work: impl Iterator<Item = Work<'a>> + 'a) -> WorkList<'a> {
+    let work: Box<dyn Iterator<Item = Work<'a>> + 'a> = Box::new(work);
+    work.peekable()
+}
+
+/// One transaction.
+#[derive(Default)]
+struct Round {
+    /// What it changes, for the caches.
+    changed: Vec<(ChunkKey, Option<ChunkMeta>)>,
+    /// Pieces of work taken up, and how many may be.
+    changes: usize,
+    changes_max: usize,
+    /// The data file cannot grow any further.
+    is_full: bool,
+}
+
+impl Round {
+    const fn has_room(&self) -> bool {
+        self.changes < self.changes_max
+    }
+}
+
+/// Whether a piece of work found its place.
+enum Placing {
+    Placed,
+    /// It needs a slot, and there is none.
+    OutOfSlots,
+}
+
+impl Checkpointer {
+    pub(crate) fn new(parts: CheckpointerParts) -> Self {
+        let CheckpointerParts { disk, base, shards, records, slots, log, segments, gate, .. } =
+            parts;
+        let (dirty, space, log_bytes) = (parts.dirty, parts.space, parts.log_bytes);
+        space.set_free_slots(slots.free());
+        let gauge = CheckpointGauge { dirty, space, log_bytes };
+        let (batch, failed) = (Batch::default(), false);
+        Self { disk, base, shards, records, slots, log, segments, gate, gauge, batch, failed }
+    }
+
+    /// Tells other threads how much there is to do.
+    #[must_use]
+    pub fn gauge(&self) -> CheckpointGauge {
+        self.gauge.clone()
+    }
+
+    /// Bytes of log that the next run would cover.
+    #[must_use]
+    pub fn dirty_log_bytes(&self) -> u64 {
+        self.gauge.dirty_log_bytes()
+    }
+
+    /// Whether it is time for a run; see [`CheckpointGauge::should_run`].
+    #[must_use]
+    pub fn should_run(&self) -> bool {
+        self.gauge.should_run()
+    }
+
+    /// Brings home everything applied so far. Blocks for as long as that takes, and while a read
+    /// plan from before is held; applying and reading go on meanwhile.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoSpace`], after which everything goes on as before, or a fatal one.
+    pub fn run(&mut self) -> Result<CheckpointReport, CheckpointError> {
+        self.run_paced(&mut |_| ())
+    }
+
+    /// As [`Checkpointer::run`]; `pace` is called between batches with the bytes just written, and
+    /// may sleep.
+    ///
+    /// # Errors
+    /// As [`Checkpointer::run`].
+    pub fn run_paced(
+        &mut self,
+        pace: &mut dyn FnMut(u64),
+    ) -> Result<CheckpointReport, CheckpointError> {
+        if self.failed {
+            return Err(CheckpointError::Failed);
+        }
+        let result = self.try_run(pace);
+        if let Err(error) = &result {
+            self.failed = error.is_fatal();
+            self.slots.aborted();
+            // The file may have grown. The disk's answer is of no interest on this way out.
+            _ = self.gauge.space.measure(self.slots.free());
+        }
+        result
+    }
+
+    fn try_run(&mut self, pace: &mut dyn FnMut(u64)) -> Result<CheckpointReport, CheckpointError> {
+        let (freeze, retired) = self.freeze();
+        let mut report = CheckpointReport::default();
+        if !freeze.shards.is_empty() {
+            self.changes_max()?;
+            self.gate.wait(retired);
+            self.declare_committed(&freeze)?;
+            self.write_home(&freeze, pace, &mut report)?;
+            report.segments_freed = self.free_segments(&freeze);
+        }
+        report.applied = self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
+        Ok(report)
+    }
+
+    /// Step 1. What an earlier run could not write home is joined with what came after it.
+    fn freeze(&self) -> (Freeze, Vec<RetiredPin>) {
+        let space = &self.gauge.space;
+        let (mut shards, mut newest, mut retired) = (Vec::new(), None, Vec::new());
+        self.gauge.dirty.start(self.gauge.dirty.newest());
+        space.set_cleared(false);
+        for shard in &self.shards {
+            let mut state = shard.state.write();
+            if let Some(position) = state.metadata.applied_position {
+                newest = newest.max(Some((position, shard.id, state.metadata.applied)));
+            }
+            let is_new = state.metadata.applied != self.records[&shard.id].applied;
+            if state.frozen.is_none() && !is_new {
+                continue;
+            }
+            let active = std::mem::take(&mut state.active);
+            let overlay = match state.frozen.take() {
+                None => active,
+                Some(left_over) => {
+                    let left_over = Arc::into_inner(left_over).expect("only a run holds it");
+                    let mut overlay = left_over.overlay;
+                    let before = overlay.pending_chunks() + active.pending_chunks();
+                    overlay.absorb(&active);
+                    space.pending_changed(before, overlay.pending_chunks());
+                    overlay
+                }
+            };
+            let frozen = Arc::new(Frozen { overlay, metadata: state.metadata.clone() });
+            state.frozen = Some(Arc::clone(&frozen));
+            shards.push((Arc::clone(shard), frozen));
+        }
+        if !shards.is_empty() {
+            retired = self.replace_pins();
+        }
+        (Freeze { shards, newest }, retired)
+    }
+
+    fn replace_pins(&self) -> Vec<RetiredPin> {
+        self.shards.iter().map(|shard| Pin::replace(&mut shard.state.write().pin)).collect()
+    }
+
+    /// Chunks that the next transaction may change without danger of meeting a full disk.
+    fn changes_max(&self) -> Result<usize, CheckpointError> {
+        let available = self.disk.space_available().map_err(data_error)?;
+        if available < META_HEADROOM_LEAST_BYTES {
+            return Err(CheckpointError::NoSpace);
+        }
+        let max = usize::try_from(available / META_BYTES_PER_CHANGE).unwrap_or(usize::MAX);
+        Ok(max.min(CHANGES_PER_TRANSACTION_MAX))
+    }
+
+    /// Step 3.
+    fn declare_committed(&mut self, freeze: &Freeze) -> Result<(), CheckpointError> {
+        let txn = self.base.database().write()?;
+        for (shard, frozen) in &freeze.shards {
+            let record = self.record_mut(shard.id);
+            record.hard_state.commit = record.hard_state.commit.max(frozen.metadata.applied);
+            database::put_shard(&txn, shard.id, record)?;
+        }
+        txn.commit().map_err(MetadataError::from)?;
+        Ok(())
+    }
+
+    fn record_mut(&mut self, shard: ShardId) -> &mut ShardRecord {
+        self.records.get_mut(&shard).expect("every shard has a record")
+    }
+
+    /// Steps 4 to 7, in as many transactions as the slots make necessary.
+    fn write_home(
+        &mut self,
+        freeze: &Freeze,
+        pace: &mut dyn FnMut(u64),
+        report: &mut CheckpointReport,
+    ) -> Result<(), CheckpointError> {
+        let frozen: Vec<&Frozen> = freeze.shards.iter().map(|(_, frozen)| &**frozen).collect();
+        let mut work: WorkList<'_> = boxed(work::all(&frozen));
+        // What found no slot, and whether any was left since the list was begun.
+        let (mut deferred, mut any_left) = (Vec::new(), false);
+        loop {
+            let txn = self.base.database().write()?;
+            let mut round = Round { changes_max: self.changes_max()?, ..Round::default() };
+            self.place_all(&txn, &mut work, &mut deferred, &mut round, pace, report)?;
+            any_left |= self.slots.leaves_any();
+            let list_ends = work.peek().is_none();
+            let is_last = list_ends && deferred.is_empty();
+            if list_ends && !is_last && !any_left {
+                return Err(CheckpointError::NoSpace);
+            }
+            self.base.data().sync().map_err(data_error)?;
+            database::put_regions(&txn, self.slots.dirty_regions())?;
+            let records = if is_last { self.put_metadata(&txn, freeze)? } else { Vec::new() };
+            txn.commit().map_err(MetadataError::from)?;
+            self.records.extend(records);
+            self.publish(freeze, round, is_last)?;
+            if is_last {
+                return Ok(());
+            }
+            if list_ends {
+                work = boxed(std::mem::take(&mut deferred).into_iter());
+                any_left = false;
+            }
+        }
+    }
+
+    /// Step 4 for one transaction.
+    fn place_all<'a>(
+        &mut self,
+        txn: &WriteTransaction,
+        work: &mut WorkList<'a>,
+        deferred: &mut Vec<Work<'a>>,
+        round: &mut Round,
+        pace: &mut dyn FnMut(u64),
+        report: &mut CheckpointReport,
+    ) -> Result<(), CheckpointError> {
+        while work.peek().is_some() && round.has_room() {
+            let mut table = database::chunk_table(txn)?;
+            while self.batch.has_room()
+                && round.has_room()
+                && let Some(item) = work.next()
+            {
+                round.changes += 1;
+                if let Placing::OutOfSlots = self.place(&mut table, &item, round, report)? {
+                    deferred.push(item);
+                }
+            }
+            let written = self.batch.write(&self.base, &self.log)?;
+            for (key, meta) in written.chunks {
+                database::put_chunk(&mut table, key, Some(&meta))?;
+                round.changed.push((key, Some(meta)));
+                report.chunks += 1;
+            }
+            let bytes = written.blocks * BLOCK_BYTES;
+            report.blocks += written.blocks;
+            report.bytes += bytes;
+            report.corrupt_blocks += written.corrupt_blocks;
+            drop(table);
+            pace(bytes);
+        }
+        Ok(())
+    }
+
+    fn place(
+        &mut self,
+        table: &mut ChunkTable<'_>,
+        work: &Work<'_>,
+        round: &mut Round,
+        report: &mut CheckpointReport,
+    ) -> Result<Placing, CheckpointError> {
+        match work {
+            Work::Remove { volume, chunks } => {
+                database::remove_chunks(table, *volume, chunks, |home| {
+                    self.slots.leave(home.slot);
+                    report.chunks += 1;
+                })?;
+                Ok(Placing::Placed)
+            }
+            Work::Zero { volume, chunk, index } => {
+                let key = (*volume, *chunk);
+                let slot = match database::get_chunk(table, key)? {
+                    Some(home) => home.slot,
+                    None => match self.take_slot(round)? {
+                        Some(slot) => slot,
+                        None => return Ok(Placing::OutOfSlots),
+                    },
+                };
+                let mut meta = ChunkMeta::new(slot);
+                meta.last_index = *index;
+                meta.zero = u16::MAX;
+                database::put_chunk(table, key, Some(&meta))?;
+                report.chunks += 1;
+                Ok(Placing::Placed)
+            }
+            Work::Change { volume, chunk, change } => {
+                self.place_change(table, (*volume, *chunk), change, round, report)
+            }
+        }
+    }
+
+    fn place_change(
+        &mut self,
+        table: &mut ChunkTable<'_>,
+        key: ChunkKey,
+        change: &OverlayChunk,
+        round: &mut Round,
+        report: &mut CheckpointReport,
+    ) -> Result<Placing, CheckpointError> {
+        let old = database::get_chunk(table, key)?;
+        let mut meta = old.unwrap_or_else(|| ChunkMeta::new(Slot(0)));
+        apply_change(&mut meta, change);
+        if meta.is_hole() {
+            if let Some(old) = old {
+                self.slots.leave(old.slot);
+                database::put_chunk(table, key, None)?;
+                round.changed.push((key, None));
+                report.chunks += 1;
+            }
+            return Ok(Placing::Placed);
+        }
+        // In place only what is whole in the log.
+        let moves = old.is_none() || change.is_split();
+        if moves {
+            let Some(slot) = self.take_slot(round)? else { return Ok(Placing::OutOfSlots) };
+            meta.slot = slot;
+            if let Some(old) = old {
+                self.slots.leave(old.slot);
+            }
+        }
+        self.batch.add_chunk(key, meta);
+        let old_block = |block| old.map_or(HomeBlock::Hole, |old| old.block(block));
+        for block in (0..BLOCKS_PER_CHUNK).filter(|block| meta.present & (1 << block) != 0) {
+            let fragments = change.fragments(block);
+            let origin = match change.base(block) {
+                BlockBase::Log(source) => Origin::Log(source),
+                BlockBase::Cleared(_) => Origin::Zeroes,
+                BlockBase::Below if moves => old_block(block).into(),
+                BlockBase::Below => continue,
+            };
+            self.batch.add_block(block, origin, fragments);
+        }
+        Ok(Placing::Placed)
+    }
+
+    /// A slot that nothing refers to, growing the data file if need be.
+    fn take_slot(&mut self, round: &mut Round) -> Result<Option<Slot>, CheckpointError> {
+        if let Some(slot) = self.slots.take() {
+            return Ok(Some(slot));
+        }
+        // First a large step, then whatever is left.
+        for step in [GROWTH_SLOTS, 16, 1] {
+            if round.is_full {
+                break;
+            }
+            let (len, bytes) = (self.slots.len(), step * CHUNK_BYTES);
+            let kept = META_HEADROOM_BYTES + log_growth(&self.segments);
+            if self.disk.space_available().map_err(data_error)? < bytes + kept {
+                continue;
+            }
+            match self.base.data().allocate(len * CHUNK_BYTES, bytes) {
+                Ok(()) => {
+                    self.slots.grow(len + step);
+                    return Ok(self.slots.take());
+                }
+                Err(error) if is_out_of_space(&error) => {}
+                Err(source) => return Err(CheckpointError::Data { source }),
+            }
+        }
+        round.is_full = true;
+        Ok(None)
+    }
+
+    /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard states
+    /// of shards that applied nothing. Returns the shards' records to be.
+    fn put_metadata(
+        &self,
+        txn: &WriteTransaction,
+        freeze: &Freeze,
+    ) -> Result<Vec<(ShardId, ShardRecord)>, CheckpointError> {
+        let written = self.segments.hard_states();
+        let mut records = Vec::new();
+        for (&id, old) in &self.records {
+            let newest = written.get(&id).copied().unwrap_or(old.hard_state);
+            let mut record = *old;
+            record.hard_state = newer_vote(old.hard_state, newest);
+            record.hard_state.commit = old.hard_state.commit;
+            if let Some((_, frozen)) = freeze.shards.iter().find(|(shard, _)| shard.id == id) {
+                let metadata = &frozen.metadata;
+                record.hard_state.commit = old.hard_state.commit.max(metadata.applied);
+                record.applied = metadata.applied;
+                record.applied_term = metadata.applied_term;
+                record.counter = metadata.counter;
+                record.volumes_created = metadata.volumes_created;
+                database::put_volumes(txn, metadata.volumes.newer(id, old.volumes_created))?;
+                database::put_sessions(txn, id, &metadata.sessions)?;
+            }
+            database::put_shard(txn, id, &record)?;
+            records.push((id, record));
+        }
+        Ok(records)
+    }
+
+    /// Steps 6 and 7 for a durable transaction.
+    fn publish(
+        &mut self,
+        freeze: &Freeze,
+        round: Round,
+        is_last: bool,
+    ) -> Result<(), CheckpointError> {
+        let left = self.slots.committed();
+        let cleared = |key: &ChunkKey| is_cleared(freeze, key);
+        let any_cleared = freeze.shards.iter().any(|(_, frozen)| frozen.overlay.has_ranges());
+        let dropped: Option<&dyn Fn(&ChunkKey) -> bool> =
+            if any_cleared { Some(&cleared) } else { None };
+        self.base.forget(round.changed, dropped);
+        // Before the frozen chunks stop counting as pending: what they took must be gone by then.
+        self.gauge.space.measure(self.slots.free()).map_err(data_error)?;
+        if is_last {
+            for (shard, frozen) in &freeze.shards {
+                let done = shard.state.write().frozen.take();
+                self.gauge.space.pending_changed(frozen.overlay.pending_chunks(), 0);
+                drop(done);
+            }
+        }
+        self.gate.wait(self.replace_pins());
+        self.slots.release(left);
+        self.gauge.space.set_free_slots(self.slots.free());
+        Ok(())
+    }
+
+    /// Frees the log before the checkpoint. The segment with the newest applied entry stays, and so
+    /// do all after it: hard states written there may be newer than the ones in the checkpoint.
+    fn free_segments(&self, freeze: &Freeze) -> usize {
+        let Some((_, newest, index)) = freeze.newest else { return 0 };
+        let mut covered: BTreeMap<_, _> =
+            self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
+        let through = covered.get_mut(&newest).expect("every shard has a record");
+        *through = (*through).min(LogIndex(index.0 - 1));
+        self.segments.free_through(&covered)
+    }
+}
+
+/// Of two hard states the one whose vote counts, `newest` having been written later.
+pub(crate) const fn newer_vote(older: HardState, newest: HardState) -> HardState {
+    let same_term = older.term.0 == newest.term.0;
+    if older.term.0 > newest.term.0 || (same_term && newest.vote == 0) { older } else { newest }
+}
+
+/// Lays a chunk's changes over its home. A split block counts as present; its checksum follows.
+fn apply_change(meta: &mut ChunkMeta, change: &OverlayChunk) {
+    meta.last_index = meta.last_index.max(change.last_index());
+    for block in 0..BLOCKS_PER_CHUNK {
+        match change.base(block) {
+            BlockBase::Below => {}
+            BlockBase::Cleared(ZeroKind::Hole) => meta.clear(block),
+            BlockBase::Cleared(ZeroKind::Zero) => meta.set_zero(block),
+            BlockBase::Log(source) => meta.set_data(block, source.crc),
+        }
+        if !change.fragments(block).is_empty() {
+            meta.set_data(block, 0);
+        }
+    }
+}
+
+fn is_cleared(freeze: &Freeze, (volume, chunk): &(crate::VolumeId, ChunkIndex)) -> bool {
+    let mut overlays = freeze.shards.iter().filter_map(|(_, f)| f.overlay.volume(*volume));
+    overlays.any(|changes| changes.cleared_at(*chunk).is_some())
+}
+
+fn is_out_of_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+const fn data_error(source: io::Error) -> CheckpointError {
+    CheckpointError::Data { source }
+}

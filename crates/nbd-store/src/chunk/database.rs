@@ -1,0 +1,382 @@
+//! The metadata database: redb in the file `meta.redb`, through our own disk trait.
+//!
+//! | table | key | value |
+//! | --- | --- | --- |
+//! | `format` | "version" | u64, 1 |
+//! | `shards` | shard u32 | see [`super::record`] |
+//! | `volumes` | volume u64 | see [`super::record`] |
+//! | `sessions` | (shard u32, session u128) | see [`crate::shard::session`] |
+//! | `chunks` | (volume u64, chunk u64) | see [`super::meta`] |
+//! | `slots` | region u32 | see [`super::slots`] |
+//!
+//! Commits are in two phases with the allocator's state in them ("quick repair"): a commit costs one
+//! more sync, and opening after a crash need not walk the whole file.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use nbd_log::io::{Disk, DiskFile, OpenMode};
+use nbd_topology::ShardId;
+use redb::{
+    Builder, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend,
+    Table, TableDefinition, WriteTransaction,
+};
+
+use super::meta::{CHUNK_META_BYTES, ChunkKey, ChunkMeta};
+use super::record::{SEAL_BYTES, ShardRecord, decode_volume, encode_volume, seal, unseal};
+use super::slots::{REGION_BYTES, SlotMap};
+use crate::ids::{ChunkIndex, SessionId, VolumeId};
+use crate::limits::META_DB_CACHE_BYTES;
+use crate::outcome::VolumeInfo;
+use crate::shard::session::Session;
+
+/// Name of the database's file.
+const DATABASE_FILE: &str = "meta.redb";
+/// Its name while it is being made.
+const UNFINISHED_FILE: &str = "meta.new";
+
+const FORMAT_VERSION: u64 = 1;
+
+const FORMAT: TableDefinition<&str, u64> = TableDefinition::new("format");
+const SHARDS: TableDefinition<u32, &[u8]> = TableDefinition::new("shards");
+const VOLUMES: TableDefinition<u64, &[u8]> = TableDefinition::new("volumes");
+const SESSIONS: TableDefinition<(u32, u128), &[u8]> = TableDefinition::new("sessions");
+const CHUNKS: TableDefinition<(u64, u64), &[u8; CHUNK_META_BYTES]> = TableDefinition::new("chunks");
+const SLOTS: TableDefinition<u32, &[u8]> = TableDefinition::new("slots");
+
+/// The table of chunks, open for writing.
+pub(crate) type ChunkTable<'txn> = Table<'txn, (u64, u64), &'static [u8; CHUNK_META_BYTES]>;
+
+/// A failure of the metadata database.
+#[derive(Debug, thiserror::Error)]
+pub enum MetadataError {
+    /// redb failed.
+    #[error("the metadata database failed")]
+    Database(#[source] Box<redb::Error>),
+    /// A value does not pass its checks.
+    #[error("a value in table {table} of the metadata database is damaged")]
+    Damaged {
+        /// The table.
+        table: &'static str,
+    },
+    /// Written by another version of this program.
+    #[error(
+        "the metadata database has format version {found}, this program reads {FORMAT_VERSION}"
+    )]
+    Version {
+        /// The version in the file.
+        found: u64,
+    },
+}
+
+macro_rules! from_redb {
+    ($($error:ident),*) => {$(
+        impl From<redb::$error> for MetadataError {
+            fn from(error: redb::$error) -> Self {
+                Self::Database(Box::new(error.into()))
+            }
+        }
+    )*};
+}
+from_redb!(
+    DatabaseError,
+    TransactionError,
+    TableError,
+    StorageError,
+    CommitError,
+    SetDurabilityError
+);
+
+impl From<io::Error> for MetadataError {
+    fn from(error: io::Error) -> Self {
+        redb::StorageError::Io(error).into()
+    }
+}
+
+/// redb's storage on our disk trait.
+#[derive(Debug)]
+struct Backend(Arc<dyn DiskFile>);
+
+impl StorageBackend for Backend {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(out, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_at(data, offset)
+    }
+}
+
+/// The open database.
+pub(crate) struct Database(redb::Database);
+
+/// A read transaction.
+pub(crate) struct Reader {
+    chunks: ReadOnlyTable<(u64, u64), &'static [u8; CHUNK_META_BYTES]>,
+}
+
+/// All of the database but chunks, as read when a node opens.
+#[derive(Debug, Default)]
+pub(crate) struct Contents {
+    /// Record of each shard.
+    pub(crate) shards: Vec<(ShardId, ShardRecord)>,
+    /// All volumes.
+    pub(crate) volumes: Vec<VolumeInfo>,
+    /// All sessions.
+    pub(crate) sessions: Vec<(ShardId, SessionId, Session)>,
+}
+
+fn session_key(shard: ShardId, session: SessionId) -> Vec<u8> {
+    let mut key = shard.0.to_le_bytes().to_vec();
+    key.extend(session.0.to_le_bytes());
+    key
+}
+
+impl Database {
+    /// Opens the database, or creates one that knows these shards and nothing else.
+    pub(crate) fn open(
+        disk: &dyn Disk,
+        shards: impl Iterator<Item = ShardId>,
+    ) -> Result<Self, MetadataError> {
+        if !disk.exists(DATABASE_FILE)? {
+            // Under its name only once it is complete: a crash while redb lays out its file would
+            // otherwise leave something that cannot be opened.
+            if disk.exists(UNFINISHED_FILE)? {
+                disk.remove(UNFINISHED_FILE)?;
+            }
+            let new = Self::open_file(disk.open(UNFINISHED_FILE, OpenMode::CreateNew)?)?;
+            new.initialise(shards)?;
+            drop(new);
+            disk.rename(UNFINISHED_FILE, DATABASE_FILE)?;
+            disk.sync_dir("")?;
+        }
+        let this = Self::open_file(disk.open(DATABASE_FILE, OpenMode::Existing)?)?;
+        let txn = this.0.begin_read()?;
+        match txn.open_table(FORMAT)?.get("version")?.map(|value| value.value()) {
+            Some(FORMAT_VERSION) => Ok(this),
+            found => Err(MetadataError::Version { found: found.unwrap_or(0) }),
+        }
+    }
+
+    fn open_file(file: Arc<dyn DiskFile>) -> Result<Self, MetadataError> {
+        let mut builder = Builder::new();
+        builder.set_cache_size(META_DB_CACHE_BYTES);
+        Ok(Self(builder.create_with_backend(Backend(file))?))
+    }
+
+    fn initialise(&self, shards: impl Iterator<Item = ShardId>) -> Result<(), MetadataError> {
+        let txn = self.write()?;
+        txn.open_table(FORMAT)?.insert("version", FORMAT_VERSION)?;
+        txn.open_table(VOLUMES)?;
+        txn.open_table(SESSIONS)?;
+        txn.open_table(CHUNKS)?;
+        txn.open_table(SLOTS)?;
+        for shard in shards {
+            put_shard(&txn, shard, &ShardRecord::empty())?;
+        }
+        txn.commit()?;
+        Ok(())
+    }
+
+    /// A view of the newest durable transaction.
+    pub(crate) fn read(&self) -> Result<Reader, MetadataError> {
+        let txn: ReadTransaction = self.0.begin_read()?;
+        Ok(Reader { chunks: txn.open_table(CHUNKS)? })
+    }
+
+    /// Begins a transaction. Nothing of it lasts unless it is committed.
+    pub(crate) fn write(&self) -> Result<WriteTransaction, MetadataError> {
+        let mut txn = self.0.begin_write()?;
+        txn.set_quick_repair(true);
+        Ok(txn)
+    }
+
+    /// Everything but chunks and slots.
+    pub(crate) fn contents(&self) -> Result<Contents, MetadataError> {
+        let txn = self.0.begin_read()?;
+        let mut contents = Contents::default();
+        for row in txn.open_table(SHARDS)?.iter()? {
+            let (key, value) = row?;
+            let shard = ShardId(key.value());
+            let record = unseal(&shard.0.to_le_bytes(), value.value())
+                .and_then(ShardRecord::decode)
+                .ok_or(MetadataError::Damaged { table: "shards" })?;
+            contents.shards.push((shard, record));
+        }
+        for row in txn.open_table(VOLUMES)?.iter()? {
+            let (key, value) = row?;
+            let id = VolumeId(key.value());
+            let info = unseal(&id.0.to_le_bytes(), value.value())
+                .and_then(|body| decode_volume(id, body))
+                .ok_or(MetadataError::Damaged { table: "volumes" })?;
+            contents.volumes.push(info);
+        }
+        for row in txn.open_table(SESSIONS)?.iter()? {
+            let (key, value) = row?;
+            let (shard, session) = key.value();
+            let (shard, id) = (ShardId(shard), SessionId(session));
+            let session = unseal(&session_key(shard, id), value.value())
+                .and_then(Session::decode)
+                .ok_or(MetadataError::Damaged { table: "sessions" })?;
+            contents.sessions.push((shard, id, session));
+        }
+        Ok(contents)
+    }
+
+    /// The allocator for a data file of `slots` slots.
+    pub(crate) fn slot_map(&self, slots: u64) -> Result<SlotMap, MetadataError> {
+        let damaged = || MetadataError::Damaged { table: "slots" };
+        let txn = self.0.begin_read()?;
+        let mut map = SlotMap::new(slots);
+        for row in txn.open_table(SLOTS)?.iter()? {
+            let (key, value) = row?;
+            let region = key.value();
+            let bitmap = unseal(&region.to_le_bytes(), value.value()).ok_or_else(damaged)?;
+            let bitmap: &[u8; REGION_BYTES] = bitmap.try_into().map_err(|_| damaged())?;
+            if !map.load(region, bitmap) {
+                return Err(damaged());
+            }
+        }
+        Ok(map)
+    }
+}
+
+fn decode_chunk(key: ChunkKey, value: &[u8; CHUNK_META_BYTES]) -> Result<ChunkMeta, MetadataError> {
+    ChunkMeta::decode(key, value).ok_or(MetadataError::Damaged { table: "chunks" })
+}
+
+const fn chunk_bounds(volume: VolumeId, chunks: &Range<ChunkIndex>) -> Range<(u64, u64)> {
+    (volume.0, chunks.start.0)..(volume.0, chunks.end.0)
+}
+
+impl Reader {
+    /// The home of a chunk, if it has one.
+    pub(crate) fn chunk(&self, key: ChunkKey) -> Result<Option<ChunkMeta>, MetadataError> {
+        let Some(value) = self.chunks.get((key.0.0, key.1.0))? else { return Ok(None) };
+        decode_chunk(key, value.value()).map(Some)
+    }
+
+    /// The chunks of `range` that have a home, in order.
+    pub(crate) fn range(
+        &self,
+        volume: VolumeId,
+        chunks: &Range<ChunkIndex>,
+    ) -> Result<impl Iterator<Item = Result<(ChunkIndex, ChunkMeta), MetadataError>>, MetadataError>
+    {
+        let rows = self.chunks.range(chunk_bounds(volume, chunks))?;
+        Ok(rows.map(move |row| {
+            let (key, value) = row?;
+            let chunk = ChunkIndex(key.value().1);
+            Ok((chunk, decode_chunk((volume, chunk), value.value())?))
+        }))
+    }
+}
+
+/// Opens the table of chunks.
+pub(crate) fn chunk_table(txn: &WriteTransaction) -> Result<ChunkTable<'_>, MetadataError> {
+    Ok(txn.open_table(CHUNKS)?)
+}
+
+/// The home of a chunk as the transaction has it.
+pub(crate) fn get_chunk(
+    table: &ChunkTable<'_>,
+    key: ChunkKey,
+) -> Result<Option<ChunkMeta>, MetadataError> {
+    let Some(value) = table.get((key.0.0, key.1.0))? else { return Ok(None) };
+    decode_chunk(key, value.value()).map(Some)
+}
+
+/// Gives a chunk a home, or none.
+pub(crate) fn put_chunk(
+    table: &mut ChunkTable<'_>,
+    key: ChunkKey,
+    meta: Option<&ChunkMeta>,
+) -> Result<(), MetadataError> {
+    let row = (key.0.0, key.1.0);
+    match meta {
+        Some(meta) => table.insert(row, &meta.encode(key))?,
+        None => table.remove(row)?,
+    };
+    Ok(())
+}
+
+/// Removes the homes of all chunks of `range`; `removed` is told each.
+pub(crate) fn remove_chunks(
+    table: &mut ChunkTable<'_>,
+    volume: VolumeId,
+    chunks: &Range<ChunkIndex>,
+    mut removed: impl FnMut(ChunkMeta),
+) -> Result<(), MetadataError> {
+    for row in table.extract_from_if(chunk_bounds(volume, chunks), |_, _| true)? {
+        let (key, value) = row?;
+        let chunk = ChunkIndex(key.value().1);
+        removed(decode_chunk((volume, chunk), value.value())?);
+    }
+    Ok(())
+}
+
+/// Stores a shard's record.
+pub(crate) fn put_shard(
+    txn: &WriteTransaction,
+    shard: ShardId,
+    record: &ShardRecord,
+) -> Result<(), MetadataError> {
+    let value = seal(&shard.0.to_le_bytes(), record.encode());
+    txn.open_table(SHARDS)?.insert(shard.0, &*value)?;
+    Ok(())
+}
+
+/// Stores volumes.
+pub(crate) fn put_volumes<'a>(
+    txn: &WriteTransaction,
+    volumes: impl IntoIterator<Item = &'a VolumeInfo>,
+) -> Result<(), MetadataError> {
+    let mut table = txn.open_table(VOLUMES)?;
+    for info in volumes {
+        let value = seal(&info.id.0.to_le_bytes(), encode_volume(info));
+        table.insert(info.id.0, &*value)?;
+    }
+    Ok(())
+}
+
+/// Replaces all sessions of `shard`.
+pub(crate) fn put_sessions<'a>(
+    txn: &WriteTransaction,
+    shard: ShardId,
+    sessions: impl IntoIterator<Item = (&'a SessionId, &'a Session)>,
+) -> Result<(), MetadataError> {
+    let mut table = txn.open_table(SESSIONS)?;
+    table.retain_in((shard.0, 0)..=(shard.0, u128::MAX), |_, _| false)?;
+    for (id, session) in sessions {
+        let value = seal(&session_key(shard, *id), session.encode());
+        table.insert((shard.0, id.0), &*value)?;
+    }
+    Ok(())
+}
+
+/// Stores bitmaps of slots.
+pub(crate) fn put_regions(
+    txn: &WriteTransaction,
+    regions: Vec<(u32, [u8; REGION_BYTES])>,
+) -> Result<(), MetadataError> {
+    let mut table = txn.open_table(SLOTS)?;
+    for (region, bitmap) in regions {
+        let mut body = Vec::with_capacity(REGION_BYTES + SEAL_BYTES);
+        body.extend(bitmap);
+        table.insert(region, &*seal(&region.to_le_bytes(), body))?;
+    }
+    Ok(())
+}

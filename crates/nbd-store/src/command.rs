@@ -1,0 +1,507 @@
+//! Commands: what a log entry asks of a shard.
+//!
+//! An entry's data is empty (a new leader's no-op) or one or more commands back to back. All
+//! integers are little-endian.
+//!
+//! ```text
+//!  0        4     5      6               8                              24       28          32
+//!  +--------+-----+------+---------------+------------------------------+--------+-----------+
+//!  | length | kind| flags| fragment count| session (u128)               | epoch  | reserved 0|
+//!  +--------+-----+------+---------------+--------------+---------------+--------+-----------+
+//!  32                40                 48              56              64
+//!  | seq (u64)       | volume (u64)     | offset (u64)  | length (u64)  | ...
+//!  +-----------------+------------------+---------------+---------------+
+//!  64: fragment count x u32 CRC32C (Write), then the payload (Write) or the body (CreateVolume)
+//! ```
+//!
+//! `length` at 0 counts the whole command. A fragment is one piece of `[offset, offset + length)`
+//! cut at multiples of 4096: each has a checksum of its own, so that a whole block's checksum goes
+//! from the client's write to the chunk map unchanged.
+//!
+//! | kind | session, epoch, seq | volume | offset, length | rest |
+//! | --- | --- | --- | --- | --- |
+//! | 1 Write | yes | yes | range | fragment CRCs, payload |
+//! | 2 Trim | yes | yes | range | |
+//! | 3 WriteZeroes (flag 1: NO_HOLE) | yes | yes | range | |
+//! | 4 OpenSession | session, epoch | yes | 0 | |
+//! | 5 CloseSession | session, epoch | 0 | 0 | |
+//! | 6 CreateVolume | 0 | 0 | length = size | u16 name bytes, u16 description bytes, name, description |
+//! | 7 AddCounter | 0 | 0 | length = i64 to add | |
+
+use std::ops::Range;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use nbd_log::checksum::crc32c;
+
+use crate::ids::{Epoch, SessionId, VolumeId};
+use crate::limits::{
+    BLOCK_BYTES, DESCRIPTION_BYTES_MAX, FRAGMENTS_MAX, MUTATION_BYTES_MAX, VOLUME_NAME_BYTES_MAX,
+    to_usize,
+};
+
+/// Bytes of a command before its checksums, payload or body.
+pub const COMMAND_HEADER_BYTES: usize = 64;
+
+/// Flag of [`CommandKind::WriteZeroes`]: the range stays allocated.
+const FLAG_NO_HOLE: u8 = 1;
+
+/// What a command does. The numbers are stored in logs and never change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum CommandKind {
+    /// Replaces the bytes of a range.
+    Write = 1,
+    /// Gives back the whole blocks of a range, which then read as zero; its edges stay as they are.
+    Trim = 2,
+    /// Makes a range read as zero.
+    WriteZeroes = 3,
+    /// Opens a session on a volume, or resumes it with a higher epoch.
+    OpenSession = 4,
+    /// Ends a session.
+    CloseSession = 5,
+    /// Creates a volume, or finds the one of that name.
+    CreateVolume = 6,
+    /// Adds to the shard's counter.
+    AddCounter = 7,
+}
+
+impl CommandKind {
+    const fn from_u8(kind: u8) -> Option<Self> {
+        Some(match kind {
+            1 => Self::Write,
+            2 => Self::Trim,
+            3 => Self::WriteZeroes,
+            4 => Self::OpenSession,
+            5 => Self::CloseSession,
+            6 => Self::CreateVolume,
+            7 => Self::AddCounter,
+            _ => return None,
+        })
+    }
+}
+
+/// The fixed part of a command. Which fields mean something depends on `kind`; see the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CommandHeader {
+    /// What to do.
+    pub kind: CommandKind,
+    /// `WriteZeroes` must leave the range allocated.
+    pub no_hole: bool,
+    /// Who asks.
+    pub session: SessionId,
+    /// Generation of the session.
+    pub epoch: Epoch,
+    /// Number of the mutation in its session.
+    pub seq: u64,
+    /// The volume meant.
+    pub volume: VolumeId,
+    /// First byte of the range.
+    pub offset: u64,
+    /// Bytes in the range; the size for `CreateVolume`; the addend for `AddCounter`.
+    pub length: u64,
+}
+
+/// A command found in an entry: its header, and where in the entry the rest lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DecodedCommand {
+    /// The fixed part.
+    pub header: CommandHeader,
+    /// Where in the entry's data the fragment checksums lie, four bytes each.
+    pub checksums: Range<usize>,
+    /// Where in the entry's data the payload or body lies.
+    pub payload: Range<usize>,
+}
+
+/// Why bytes are not a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// Fewer bytes than the command says, or than its header needs.
+    #[error("truncated command")]
+    Truncated,
+    /// A kind that this version does not know.
+    #[error("unknown command kind {0}")]
+    UnknownKind(u8),
+    /// A flag or reserved field that must be 0 is not.
+    #[error("reserved bits are set")]
+    ReservedBits,
+    /// The range is empty, too long, or wraps.
+    #[error("bad range")]
+    BadRange,
+    /// Fragment count, payload length and range disagree.
+    #[error("command length does not fit its range")]
+    BadLength,
+    /// A name or description that is empty, too long or not UTF-8.
+    #[error("bad volume name or description")]
+    BadName,
+}
+
+/// Name and description in a `CreateVolume` command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CreateVolumeBody<'a> {
+    /// The volume's name: 1 to 4096 bytes.
+    pub name: &'a str,
+    /// Free text: up to 4096 bytes.
+    pub description: &'a str,
+}
+
+/// Number of block-sized pieces of `[offset, offset + len)`.
+const fn fragment_count(offset: u64, len: u64) -> u64 {
+    (offset % BLOCK_BYTES + len).div_ceil(BLOCK_BYTES)
+}
+
+/// Bytes that stand before the payload of a write of `len` bytes at `offset`.
+#[must_use]
+pub const fn write_command_prefix_len(offset: u64, len: u64) -> usize {
+    COMMAND_HEADER_BYTES + 4 * to_usize(fragment_count(offset, len))
+}
+
+/// The commands of one entry, in order. After an error there is nothing more.
+pub fn decode_all(data: &[u8]) -> CommandIter<'_> {
+    CommandIter { data, at: 0 }
+}
+
+/// Iterator of [`decode_all`].
+#[derive(Debug, Clone)]
+pub struct CommandIter<'a> {
+    data: &'a [u8],
+    at: usize,
+}
+
+impl Iterator for CommandIter<'_> {
+    type Item = Result<DecodedCommand, CommandError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.data.len() {
+            return None;
+        }
+        let decoded = decode_one(self.data, self.at);
+        self.at = match &decoded {
+            Ok(command) => command.payload.end,
+            Err(_) => self.data.len(),
+        };
+        Some(decoded)
+    }
+}
+
+fn u32_at(data: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(data[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(data: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(data[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn decode_one(data: &[u8], start: usize) -> Result<DecodedCommand, CommandError> {
+    let rest = &data[start..];
+    if rest.len() < COMMAND_HEADER_BYTES {
+        return Err(CommandError::Truncated);
+    }
+    let total = u32_at(rest, 0) as usize;
+    if total < COMMAND_HEADER_BYTES || total > rest.len() {
+        return Err(CommandError::Truncated);
+    }
+    let kind = CommandKind::from_u8(rest[4]).ok_or(CommandError::UnknownKind(rest[4]))?;
+    let flags = rest[5];
+    let fragments = u64::from(u16::from_le_bytes([rest[6], rest[7]]));
+    let allowed_flags = if kind == CommandKind::WriteZeroes { FLAG_NO_HOLE } else { 0 };
+    if flags & !allowed_flags != 0 || u32_at(rest, 28) != 0 {
+        return Err(CommandError::ReservedBits);
+    }
+    let header = CommandHeader {
+        kind,
+        no_hole: flags & FLAG_NO_HOLE != 0,
+        session: SessionId(u128::from_le_bytes(rest[8..24].try_into().expect("16 bytes"))),
+        epoch: Epoch(u32_at(rest, 24)),
+        seq: u64_at(rest, 32),
+        volume: VolumeId(u64_at(rest, 40)),
+        offset: u64_at(rest, 48),
+        length: u64_at(rest, 56),
+    };
+    let body = (total - COMMAND_HEADER_BYTES) as u64;
+    check_lengths(&header, fragments, body)?;
+    let checksums_start = start + COMMAND_HEADER_BYTES;
+    let payload_start = checksums_start + 4 * to_usize(fragments);
+    Ok(DecodedCommand {
+        header,
+        checksums: checksums_start..payload_start,
+        payload: payload_start..start + total,
+    })
+}
+
+/// Refuses a header whose range, fragment count and body do not belong together.
+fn check_lengths(header: &CommandHeader, fragments: u64, body: u64) -> Result<(), CommandError> {
+    let ranged =
+        matches!(header.kind, CommandKind::Write | CommandKind::Trim | CommandKind::WriteZeroes);
+    if ranged && (header.length == 0 || header.offset.checked_add(header.length).is_none()) {
+        return Err(CommandError::BadRange);
+    }
+    if header.kind == CommandKind::Write {
+        if header.length > MUTATION_BYTES_MAX {
+            return Err(CommandError::BadRange);
+        }
+        let expected = fragment_count(header.offset, header.length);
+        if fragments != expected || body != 4 * fragments + header.length {
+            return Err(CommandError::BadLength);
+        }
+        return Ok(());
+    }
+    if fragments != 0 || (body != 0 && header.kind != CommandKind::CreateVolume) {
+        return Err(CommandError::BadLength);
+    }
+    Ok(())
+}
+
+impl<'a> CreateVolumeBody<'a> {
+    /// Reads the body of a `CreateVolume` command.
+    ///
+    /// # Errors
+    /// [`CommandError::BadName`] or [`CommandError::BadLength`].
+    pub fn decode(body: &'a [u8]) -> Result<Self, CommandError> {
+        let (lengths, text) = body.split_at_checked(4).ok_or(CommandError::Truncated)?;
+        let name_len = usize::from(u16::from_le_bytes([lengths[0], lengths[1]]));
+        let description_len = usize::from(u16::from_le_bytes([lengths[2], lengths[3]]));
+        if text.len() != name_len + description_len {
+            return Err(CommandError::BadLength);
+        }
+        let name_fits = (1..=VOLUME_NAME_BYTES_MAX).contains(&name_len);
+        if !name_fits || description_len > DESCRIPTION_BYTES_MAX {
+            return Err(CommandError::BadName);
+        }
+        let (name, description) = text.split_at(name_len);
+        let utf8 = |bytes| std::str::from_utf8(bytes).map_err(|_| CommandError::BadName);
+        Ok(Self { name: utf8(name)?, description: utf8(description)? })
+    }
+}
+
+/// Builds a write command around the buffer that its payload is received into, so that the payload
+/// is never copied.
+///
+/// ```
+/// use nbd_store::{Epoch, SessionId, VolumeId, WriteBuilder};
+///
+/// let mut write = WriteBuilder::new(SessionId(7), Epoch(1), 1, VolumeId(1), 8192, 4096);
+/// write.payload_mut().fill(0xab);
+/// let command: bytes::Bytes = write.finish();
+/// assert_eq!(command.len(), 64 + 4 + 4096);
+/// ```
+#[derive(Debug)]
+pub struct WriteBuilder {
+    buffer: BytesMut,
+    header: CommandHeader,
+    prefix: usize,
+}
+
+impl WriteBuilder {
+    /// A write of `len` bytes at `offset`, its payload still zero.
+    ///
+    /// # Panics
+    /// If `len` is 0 or more than [`MUTATION_BYTES_MAX`], or the range wraps: callers split longer
+    /// requests.
+    #[must_use]
+    pub fn new(
+        session: SessionId,
+        epoch: Epoch,
+        seq: u64,
+        volume: VolumeId,
+        offset: u64,
+        len: u64,
+    ) -> Self {
+        assert!(len > 0 && len <= MUTATION_BYTES_MAX, "a write of {len} bytes is not one mutation");
+        assert!(offset.checked_add(len).is_some(), "the range wraps");
+        let prefix = write_command_prefix_len(offset, len);
+        Self {
+            buffer: BytesMut::zeroed(prefix + to_usize(len)),
+            header: CommandHeader {
+                kind: CommandKind::Write,
+                no_hole: false,
+                session,
+                epoch,
+                seq,
+                volume,
+                offset,
+                length: len,
+            },
+            prefix,
+        }
+    }
+
+    /// Where the payload goes.
+    pub fn payload_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.prefix..]
+    }
+
+    /// Computes the checksums, fills in the prefix and gives the command away.
+    #[must_use]
+    pub fn finish(mut self) -> Bytes {
+        let fragments = fragment_count(self.header.offset, self.header.length);
+        let (prefix, payload) = self.buffer.split_at_mut(self.prefix);
+        let total = prefix.len() + payload.len();
+        let (fixed, checksums) = prefix.split_at_mut(COMMAND_HEADER_BYTES);
+        put_header(fixed, &self.header, fragments, total);
+        let mut rest = &*payload;
+        let mut piece = to_usize(BLOCK_BYTES - self.header.offset % BLOCK_BYTES);
+        for checksum in checksums.chunks_exact_mut(4) {
+            let (fragment, after) = rest.split_at(piece.min(rest.len()));
+            checksum.copy_from_slice(&crc32c(fragment).to_le_bytes());
+            rest = after;
+            piece = to_usize(BLOCK_BYTES);
+        }
+        self.buffer.freeze()
+    }
+}
+
+fn put_header(mut out: &mut [u8], header: &CommandHeader, fragments: u64, total: usize) {
+    debug_assert!(fragments <= FRAGMENTS_MAX);
+    out.put_u32_le(u32::try_from(total).expect("a command is far shorter than 4 GiB"));
+    out.put_u8(header.kind as u8);
+    out.put_u8(if header.no_hole { FLAG_NO_HOLE } else { 0 });
+    out.put_u16_le(u16::try_from(fragments).expect("a mutation has at most 257 fragments"));
+    out.put_u128_le(header.session.0);
+    out.put_u32_le(header.epoch.0);
+    out.put_u32_le(0);
+    out.put_u64_le(header.seq);
+    out.put_u64_le(header.volume.0);
+    out.put_u64_le(header.offset);
+    out.put_u64_le(header.length);
+}
+
+/// A command that is a header and nothing else.
+fn encode_header_only(header: &CommandHeader) -> Bytes {
+    let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
+    put_header(&mut out, header, 0, COMMAND_HEADER_BYTES);
+    out.freeze()
+}
+
+/// A write whose payload already lies in memory (copied; see [`WriteBuilder`] to avoid that).
+///
+/// # Panics
+/// As [`WriteBuilder::new`].
+#[must_use]
+pub fn encode_write(
+    session: SessionId,
+    epoch: Epoch,
+    seq: u64,
+    volume: VolumeId,
+    offset: u64,
+    payload: &[u8],
+) -> Bytes {
+    let mut builder = WriteBuilder::new(session, epoch, seq, volume, offset, payload.len() as u64);
+    builder.payload_mut().copy_from_slice(payload);
+    builder.finish()
+}
+
+/// Gives back the whole blocks of `[offset, offset + length)`.
+#[must_use]
+pub fn encode_trim(
+    session: SessionId,
+    epoch: Epoch,
+    seq: u64,
+    volume: VolumeId,
+    offset: u64,
+    length: u64,
+) -> Bytes {
+    let kind = CommandKind::Trim;
+    let header =
+        CommandHeader { kind, no_hole: false, session, epoch, seq, volume, offset, length };
+    encode_header_only(&header)
+}
+
+/// Makes `[offset, offset + length)` read as zero; with `no_hole` it stays allocated.
+#[must_use]
+pub fn encode_write_zeroes(
+    session: SessionId,
+    epoch: Epoch,
+    seq: u64,
+    volume: VolumeId,
+    offset: u64,
+    length: u64,
+    no_hole: bool,
+) -> Bytes {
+    let kind = CommandKind::WriteZeroes;
+    let header = CommandHeader { kind, no_hole, session, epoch, seq, volume, offset, length };
+    encode_header_only(&header)
+}
+
+/// Opens `session` on `volume`, or resumes it when `epoch` is higher than the one it has.
+#[must_use]
+pub fn encode_open_session(session: SessionId, epoch: Epoch, volume: VolumeId) -> Bytes {
+    encode_header_only(&CommandHeader {
+        kind: CommandKind::OpenSession,
+        no_hole: false,
+        session,
+        epoch,
+        seq: 0,
+        volume,
+        offset: 0,
+        length: 0,
+    })
+}
+
+/// Ends `session`.
+#[must_use]
+pub fn encode_close_session(session: SessionId, epoch: Epoch) -> Bytes {
+    encode_header_only(&CommandHeader {
+        kind: CommandKind::CloseSession,
+        no_hole: false,
+        session,
+        epoch,
+        seq: 0,
+        volume: VolumeId(0),
+        offset: 0,
+        length: 0,
+    })
+}
+
+/// Creates the volume `name` of `size` bytes.
+///
+/// # Errors
+/// [`CommandError::BadName`] when the name is empty or either text is too long. The size is judged
+/// when the command is applied.
+pub fn encode_create_volume(
+    name: &str,
+    size: u64,
+    description: &str,
+) -> Result<Bytes, CommandError> {
+    let length_of = |text: &str, bytes_max: usize| {
+        u16::try_from(text.len())
+            .ok()
+            .filter(|_| text.len() <= bytes_max)
+            .ok_or(CommandError::BadName)
+    };
+    let name_len = length_of(name, VOLUME_NAME_BYTES_MAX)?;
+    let description_len = length_of(description, DESCRIPTION_BYTES_MAX)?;
+    if name_len == 0 {
+        return Err(CommandError::BadName);
+    }
+    let header = metadata_header(CommandKind::CreateVolume, size);
+    let total = COMMAND_HEADER_BYTES + 4 + name.len() + description.len();
+    let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
+    put_header(&mut out, &header, 0, total);
+    out.put_u16_le(name_len);
+    out.put_u16_le(description_len);
+    out.put_slice(name.as_bytes());
+    out.put_slice(description.as_bytes());
+    Ok(out.freeze())
+}
+
+/// Adds `addend` to the shard's counter.
+#[must_use]
+pub fn encode_add_counter(addend: i64) -> Bytes {
+    encode_header_only(&metadata_header(CommandKind::AddCounter, addend.cast_unsigned()))
+}
+
+const fn metadata_header(kind: CommandKind, length: u64) -> CommandHeader {
+    CommandHeader {
+        kind,
+        no_hole: false,
+        session: SessionId::NONE,
+        epoch: Epoch(0),
+        seq: 0,
+        volume: VolumeId(0),
+        offset: 0,
+        length,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+use super::*;
+use crate::golden;
+
+const GOLDEN: &str = include_str!("../../tests/golden/commands.txt");
+const SESSION: SessionId = SessionId(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10);
+const EPOCH: Epoch = Epoch(7);
+const VOLUME: VolumeId = VolumeId(0x3_0000_0001);
+
+fn all() -> Vec<(&'static str, Bytes)> {
+    let zeroes =
+        |seq, no_hole| encode_write_zeroes(SESSION, EPOCH, seq, VOLUME, 512, 1024, no_hole);
+    vec![
+        ("write", encode_write(SESSION, EPOCH, 9, VOLUME, 4094, b"abcdef")),
+        ("trim", encode_trim(SESSION, EPOCH, 10, VOLUME, 65536, 1 << 40)),
+        ("write_zeroes", zeroes(11, false)),
+        ("write_zeroes_no_hole", zeroes(12, true)),
+        ("open_session", encode_open_session(SESSION, EPOCH, VOLUME)),
+        ("close_session", encode_close_session(SESSION, EPOCH)),
+        ("create_volume", encode_create_volume("vol-é", 1 << 30, "a disk").unwrap()),
+        ("add_counter", encode_add_counter(-1)),
+    ]
+}
+
+#[test]
+fn golden_bytes() {
+    for (name, command) in all() {
+        assert_eq!(command[..], golden::bytes(GOLDEN, name), "{name}");
+    }
+}
+
+#[test]
+fn what_is_encoded_is_decoded() {
+    let commands = all();
+    let entry: Vec<u8> = commands.iter().flat_map(|(_, command)| command.to_vec()).collect();
+    let decoded: Vec<_> = decode_all(&entry).map(Result::unwrap).collect();
+    assert_eq!(decoded.len(), commands.len());
+    let write = &decoded[0];
+    assert_eq!(entry[write.payload.clone()], *b"abcdef");
+    assert_eq!(write.checksums, 64..72);
+    let expected = CommandHeader {
+        kind: CommandKind::Write,
+        no_hole: false,
+        session: SESSION,
+        epoch: EPOCH,
+        seq: 9,
+        volume: VOLUME,
+        offset: 4094,
+        length: 6,
+    };
+    assert_eq!(write.header, expected);
+    assert!(!decoded[2].header.no_hole && decoded[3].header.no_hole);
+    let body = CreateVolumeBody::decode(&entry[decoded[6].payload.clone()]).unwrap();
+    assert_eq!(body, CreateVolumeBody { name: "vol-é", description: "a disk" });
+    assert_eq!(decoded[7].header.length.cast_signed(), -1);
+}
+
+#[test]
+fn truncations_are_errors() {
+    for (name, command) in all() {
+        for len in 1..command.len() {
+            let result: Vec<_> = decode_all(&command[..len]).collect();
+            assert_eq!(result, [Err(CommandError::Truncated)], "{name} cut at {len}");
+        }
+    }
+}
+
+#[test]
+fn nonsense_is_refused() {
+    let write = encode_write(SESSION, EPOCH, 9, VOLUME, 4094, b"abcdef");
+    let trim = encode_trim(SESSION, EPOCH, 10, VOLUME, 0, 4096);
+    let change = |command: &Bytes, at: usize, byte: u8| {
+        let mut bytes = command.to_vec();
+        bytes[at] = byte;
+        decode_all(&bytes).next().unwrap()
+    };
+    assert_eq!(change(&write, 4, 0), Err(CommandError::UnknownKind(0)));
+    assert_eq!(change(&write, 4, 8), Err(CommandError::UnknownKind(8)));
+    assert_eq!(change(&write, 5, 1), Err(CommandError::ReservedBits));
+    assert_eq!(change(&trim, 5, 2), Err(CommandError::ReservedBits));
+    assert_eq!(change(&trim, 28, 1), Err(CommandError::ReservedBits));
+    assert_eq!(change(&write, 6, 3), Err(CommandError::BadLength));
+    assert_eq!(change(&trim, 6, 1), Err(CommandError::BadLength));
+    assert_eq!(change(&write, 56, 7), Err(CommandError::BadLength));
+    assert_eq!(change(&write, 48, 0), Err(CommandError::BadLength), "one fragment less");
+    assert_eq!(change(&write, 56, 0), Err(CommandError::BadRange));
+    assert_eq!(change(&write, 59, 1), Err(CommandError::BadRange), "longer than a mutation");
+    assert_eq!(change(&trim, 57, 0), Err(CommandError::BadRange));
+    let wrapping = encode_trim(SESSION, EPOCH, 10, VOLUME, u64::MAX, 1);
+    assert_eq!(decode_all(&wrapping).next(), Some(Err(CommandError::BadRange)));
+    assert_eq!(encode_create_volume("", 4096, ""), Err(CommandError::BadName));
+    let long = "x".repeat(VOLUME_NAME_BYTES_MAX + 1);
+    assert_eq!(encode_create_volume(&long, 4096, ""), Err(CommandError::BadName));
+    assert_eq!(encode_create_volume("x", 4096, &long), Err(CommandError::BadName));
+    assert_eq!(CreateVolumeBody::decode(b"\x01\0\0\0\xff"), Err(CommandError::BadName));
+    assert_eq!(CreateVolumeBody::decode(b"\x02\0\0\0x"), Err(CommandError::BadLength));
+    assert_eq!(CreateVolumeBody::decode(b"\x02\0"), Err(CommandError::Truncated));
+}
+
+#[test]
+fn checksums_are_those_of_the_pieces() {
+    let payload: Vec<u8> = (0..=255).cycle().take(20_000).collect();
+    for (offset, len) in [(0, 4096), (1, 4096), (4095, 2), (100, 10), (8000, 20_000)] {
+        let payload = &payload[..len];
+        let command = encode_write(SESSION, EPOCH, 1, VOLUME, offset, payload);
+        let decoded = decode_all(&command).next().unwrap().unwrap();
+        assert_eq!(decoded.payload.start, write_command_prefix_len(offset, len as u64));
+        let mut at = 0;
+        for checksum in command[decoded.checksums].chunks(4) {
+            let place = to_usize(offset) + at;
+            let end = (at + 4096 - place % 4096).min(len);
+            assert_eq!(*checksum, crc32c(&payload[at..end]).to_le_bytes());
+            at = end;
+        }
+        assert_eq!(at, len);
+    }
+}
