@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::process::{cargo, run as run_command};
 use crate::test::Totals;
-use crate::{deps, test, tidy, tools};
+use crate::{deps, drawings, test, tidy, tools};
 
 /// Runs every check, also past a failed one, and then the tests. Each check counts as one passed or
 /// failed test in the totals.
@@ -15,7 +15,7 @@ pub(crate) fn run(root: &Path, no_install: bool) -> Totals {
     totals += check("clippy", || clippy(root));
     totals += check("docs", || docs(root));
     totals += check("deps", || deps::check(root));
-    totals += check("tidy", || tidy::check(root));
+    totals += check("tidy", || tidy::check(root).and_then(|()| drawings::check(root)));
     let started = start("tests");
     tools::ensure(!no_install);
     let tests = test::run(root, &[]);

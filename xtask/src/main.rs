@@ -6,12 +6,14 @@
 //! - [`mod@test`]: install missing test tools, run every test, print the totals.
 //! - [`ci`]: the static checks, then the same tests.
 //! - [`deps`]: who may depend on whom.
-//! - [`tidy`]: what neither the compiler, clippy nor rustfmt checks.
+//! - [`tidy`]: what neither the compiler, clippy nor rustfmt checks; [`drawings`]: that documents and
+//!   modules draw the same.
 //! - [`mod@bench`]: paired measurements, in release.
 
 mod bench;
 mod ci;
 mod deps;
+mod drawings;
 mod process;
 mod test;
 mod tidy;
@@ -79,7 +81,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
         }
         Command::Ci { no_install } => Ok(ci::run(&root, no_install).report()),
         Command::Deps => deps::check(&root).map(|()| true),
-        Command::Tidy => tidy::check(&root).map(|()| true),
+        Command::Tidy => tidy::check(&root).and_then(|()| drawings::check(&root)).map(|()| true),
         Command::Bench { args } => bench::run(&root, &args).map(|()| true),
     }
 }

@@ -18,13 +18,14 @@ const fn tool(binary: &'static str, package: &'static str) -> Tool {
     Tool { binary, package }
 }
 
-const TOOLS: [Tool; 12] = [
+const TOOLS: [Tool; 13] = [
     tool("nbdinfo", "libnbd-bin"),
     tool("nbdcopy", "libnbd-bin"),
     // Part of libnbd-bin on bookworm and later; it mounts through fusermount3.
     tool("nbdfuse", "libnbd-bin"),
     tool("fusermount3", "fuse3"),
     tool("nbdkit", "nbdkit"),
+    tool("nbd-client", "nbd-client"),
     tool("qemu-img", "qemu-utils"),
     tool("qemu-io", "qemu-utils"),
     tool("qemu-nbd", "qemu-utils"),

@@ -1,1 +1,35 @@
-//! The replica service.
+//! The replica service: serves the volumes of a node's shards over NBD, orders mutations through each
+//! shard's Raft group, and keeps them on disk.
+//!
+//! It knows sockets, tasks and threads; it does not know the bytes of the NBD protocol (`nbd-proto`),
+//! of the log (`nbd-log`) or of the store (`nbd-store`), nor how consensus is reached
+//! (`nbd-consensus`). In the order of a write's life:
+//!
+//! ```text
+//!  client ─▶ nbd::listener ─▶ nbd::attach ─▶ nbd::session ─▶ group_task ─▶ log_thread ─▶ disk
+//!                                                  ▲              │ apply
+//!                                                  └──────────────┘      checkpoint_thread ─▶ disk
+//! ```
+//!
+//! - [`config`]: settings, checked before any socket opens.
+//! - [`app`]: starts and stops everything; who waits for whom is drawn there.
+//! - `nbd`: connections and sessions. `group_task`: owner of a group and of its shard's writer.
+//!   `log_thread`, `checkpoint_thread`: the two that wait for the disk.
+//! - `http`: `/health`. `budget`, `limits`: what is bounded, and by how much. `metrics`: what is
+//!   counted.
+
+pub mod app;
+mod budget;
+mod checkpoint_thread;
+pub mod config;
+mod failure;
+mod group_task;
+mod http;
+mod limits;
+mod log_thread;
+mod metrics;
+mod nbd;
+
+pub use app::{Replica, StartError};
+pub use config::{Args, Config, InvalidConfig, Tuning};
+pub use failure::Failure;

@@ -1,0 +1,279 @@
+//! Settings of one replica process: parsed, checked and frozen before any socket opens.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use nbd_service::{ByteSize, ClusterConfig, HumanDuration, LogFormat, NodeAddresses};
+use nbd_store::limits::{VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUME_SIZE_MULTIPLE};
+use nbd_topology::{NodeName, ShardId};
+
+/// Command line of `nbd-replica`. Each flag can also be given by the environment variable named.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "nbd-replica", version, about = "Serves the replicas of one node over NBD")]
+pub struct Args {
+    /// The cluster file. Without it the cluster is taken from NBD_SHARDS.
+    #[arg(long, env = "NBD_CLUSTER_FILE", value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+
+    /// Which of the cluster's nodes this is.
+    #[arg(long, env = "NBD_NODE", value_name = "NAME")]
+    pub node: NodeName,
+
+    /// Where this node keeps its data. Created if missing.
+    #[arg(long, env = "NBD_DATA_DIR", value_name = "DIR")]
+    pub data_dir: PathBuf,
+
+    /// Settings with good defaults.
+    #[command(flatten)]
+    pub tuning: Tuning,
+
+    /// Log lines as text or as JSON.
+    #[arg(long, env = "NBD_LOG_FORMAT", default_value = "text", value_name = "text|json")]
+    pub log_format: LogFormat,
+
+    /// Check the configuration, print what would be used, and exit.
+    #[arg(long)]
+    pub check_config: bool,
+}
+
+/// What one process may be tuned in; the same for `nbd-replica` and for each node of `nbdctl up`.
+#[derive(Debug, Clone, Parser)]
+pub struct Tuning {
+    /// Connections served at the same time. Minimum 1.
+    #[arg(long, env = "NBD_CONNECTIONS_MAX", default_value_t = 4096, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub connections_max: u32,
+
+    /// Bytes of requests that all connections together may hold. Past it, replicas read no further
+    /// request until others are answered. From 64MiB to 4GiB.
+    #[arg(long, env = "NBD_REQUEST_BYTES_MAX", default_value = "96MiB", value_name = "SIZE")]
+    pub request_bytes_max: ByteSize,
+
+    /// Size of one log file; fixed when the data directory is created. From 1MiB to 1GiB.
+    #[arg(long, env = "NBD_LOG_SEGMENT_BYTES", default_value = "64MiB", value_name = "SIZE")]
+    pub log_segment_bytes: ByteSize,
+
+    /// Bound of the whole log. Writers are slowed from 60 % on. At least 4 segments.
+    #[arg(long, env = "NBD_LOG_BYTES_MAX", default_value = "1GiB", value_name = "SIZE")]
+    pub log_bytes_max: ByteSize,
+
+    /// Bytes of recent log data kept in memory for reads and checkpoints.
+    #[arg(long, env = "NBD_LOG_CACHE_BYTES", default_value = "48MiB", value_name = "SIZE")]
+    pub log_cache_bytes: ByteSize,
+
+    /// A checkpoint runs when this much log has gathered. At most half of the log's bound.
+    #[arg(long, env = "NBD_CHECKPOINT_LOG_BYTES", default_value = "256MiB", value_name = "SIZE")]
+    pub checkpoint_log_bytes: ByteSize,
+
+    /// Room on the file system that is left alone: writes to new places are refused before it is used.
+    #[arg(long, env = "NBD_SPACE_RESERVE", default_value = "256MiB", value_name = "SIZE")]
+    pub space_reserve: ByteSize,
+
+    /// How long /health waits for the replicated counter to move.
+    #[arg(long, env = "NBD_HEALTH_DEADLINE", default_value = "1s", value_name = "TIME")]
+    pub health_deadline: HumanDuration,
+
+    /// How long a stopping process waits for requests under way.
+    #[arg(long, env = "NBD_SHUTDOWN_DEADLINE", default_value = "10s", value_name = "TIME")]
+    pub shutdown_deadline: HumanDuration,
+}
+
+impl Tuning {
+    /// The defaults, as if no flag and no variable were given.
+    #[must_use]
+    pub fn defaults() -> Self {
+        Self::parse_from(["defaults"])
+    }
+}
+
+/// What happens when a client attaches to a name nobody created.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct VolumesConfig {
+    /// Whether the first attach creates the volume.
+    pub(crate) auto_create: bool,
+    /// Size, in bytes, of a volume created that way.
+    pub(crate) default_size: u64,
+}
+
+/// Checked settings of one node.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub(crate) cluster: ClusterConfig,
+    pub(crate) node: NodeName,
+    pub(crate) listen: NodeAddresses,
+    pub(crate) data_dir: PathBuf,
+    pub(crate) shards: Vec<ShardId>,
+    pub(crate) volumes: VolumesConfig,
+    pub(crate) tuning: Tuning,
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidConfig {
+    /// The node is not in the cluster.
+    #[error("node {node} is not in the cluster: it has {known}")]
+    UnknownNode {
+        /// The name given.
+        node: NodeName,
+        /// The names there are.
+        known: String,
+    },
+    /// The node has no shard to serve.
+    #[error("node {0} holds no shard")]
+    NoShards(NodeName),
+    /// More replicas than this version can run.
+    #[error("shard {shard} has {replicas} replicas: this version runs 1 replica a shard")]
+    Replicated {
+        /// The shard.
+        shard: ShardId,
+        /// How many replicas it was given.
+        replicas: usize,
+    },
+    /// A size out of its range.
+    #[error("{name} is {value}: allowed is {allowed}")]
+    OutOfRange {
+        /// The flag.
+        name: &'static str,
+        /// What was given.
+        value: ByteSize,
+        /// What may be given.
+        allowed: &'static str,
+    },
+    /// A volume size that the store cannot make.
+    #[error("default_size is {0}: allowed is 4KiB to 64TiB, in steps of 512 bytes")]
+    DefaultSize(ByteSize),
+}
+
+impl Config {
+    /// Checks the settings against each other.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn new(
+        cluster: ClusterConfig,
+        node: NodeName,
+        data_dir: PathBuf,
+        tuning: Tuning,
+    ) -> Result<Self, InvalidConfig> {
+        let Some(known) = cluster.node(&node) else {
+            let names: Vec<_> = cluster.nodes().iter().map(|n| n.name.to_string()).collect();
+            return Err(InvalidConfig::UnknownNode { node, known: names.join(", ") });
+        };
+        let listen = known.listen.clone();
+        let shards: Vec<_> = cluster.shards_of(&node).collect();
+        if shards.is_empty() {
+            return Err(InvalidConfig::NoShards(node));
+        }
+        if let Some((shard, replicas)) = shards
+            .iter()
+            .map(|&shard| (shard, cluster.replicas(shard).len()))
+            .find(|&(_, replicas)| replicas > 1)
+        {
+            return Err(InvalidConfig::Replicated { shard, replicas });
+        }
+        let size = cluster.volumes().default_size;
+        if !valid_volume_size(size.bytes()) {
+            return Err(InvalidConfig::DefaultSize(size));
+        }
+        let volumes = VolumesConfig {
+            auto_create: cluster.volumes().auto_create,
+            default_size: size.bytes(),
+        };
+        check_sizes(&tuning)?;
+        Ok(Self { cluster, node, listen, data_dir, shards, volumes, tuning })
+    }
+}
+
+fn valid_volume_size(bytes: u64) -> bool {
+    (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&bytes)
+        && bytes.is_multiple_of(VOLUME_SIZE_MULTIPLE)
+}
+
+fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
+    const MIB: u64 = 1 << 20;
+    let in_range = |name, value: ByteSize, low: u64, high: u64, allowed| {
+        if (low..=high).contains(&value.bytes()) {
+            Ok(())
+        } else {
+            Err(InvalidConfig::OutOfRange { name, value, allowed })
+        }
+    };
+    let requests = tuning.request_bytes_max;
+    in_range("--request-bytes-max", requests, 64 * MIB, 4096 * MIB - 1, "64MiB to below 4GiB")?;
+    let segment = tuning.log_segment_bytes;
+    in_range("--log-segment-bytes", segment, MIB, 1024 * MIB, "1MiB to 1GiB")?;
+    if !segment.bytes().is_multiple_of(4096) {
+        let allowed = "a multiple of 4KiB";
+        let name = "--log-segment-bytes";
+        return Err(InvalidConfig::OutOfRange { name, value: segment, allowed });
+    }
+    let log = tuning.log_bytes_max;
+    in_range("--log-bytes-max", log, 4 * segment.bytes(), 1 << 40, "4 segments to 1TiB")?;
+    let cache = tuning.log_cache_bytes;
+    in_range("--log-cache-bytes", cache, MIB, 1 << 40, "1MiB to 1TiB")?;
+    let checkpoint = tuning.checkpoint_log_bytes;
+    let half = log.bytes() / 2;
+    in_range("--checkpoint-log-bytes", checkpoint, MIB, half, "1MiB to half of --log-bytes-max")
+}
+
+/// Time of one Raft tick. The election timeout is 12 of them, the heartbeat interval 2.
+pub(crate) const RAFT_TICK: Duration = Duration::from_millis(25);
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn config(toml: &str, node: &str, tuning: Tuning) -> Result<Config, InvalidConfig> {
+        let cluster = ClusterConfig::from_toml(toml, Path::new("cluster.toml")).unwrap();
+        Config::new(cluster, node.parse().unwrap(), "data".into(), tuning)
+    }
+
+    const ONE: &str = r#"
+        name = "demo"
+        [[nodes]]
+        name = "a"
+        nbd = "127.0.0.1:1"
+        grpc = "127.0.0.1:2"
+        http = "127.0.0.1:3"
+        [[nodes]]
+        name = "b"
+        nbd = "127.0.0.1:4"
+        grpc = "127.0.0.1:5"
+        http = "127.0.0.1:6"
+        [[shards]]
+        replicas = ["a"]
+    "#;
+
+    #[test]
+    fn a_node_serves_the_shards_it_is_listed_for() {
+        let config = config(ONE, "a", Tuning::defaults()).unwrap();
+        assert_eq!(config.shards, [ShardId(0)]);
+        assert!(config.volumes.auto_create);
+        assert_eq!(config.volumes.default_size, 1 << 30);
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_refused_by_name() {
+        let error = config(ONE, "c", Tuning::defaults()).unwrap_err();
+        assert_eq!(error.to_string(), "node c is not in the cluster: it has a, b");
+        let error = config(ONE, "b", Tuning::defaults()).unwrap_err();
+        assert_eq!(error.to_string(), "node b holds no shard");
+        let two = ONE.replace(r#"["a"]"#, r#"["a", "b"]"#);
+        let error = config(&two, "a", Tuning::defaults()).unwrap_err();
+        assert!(error.to_string().contains("2 replicas"), "{error}");
+    }
+
+    #[test]
+    fn sizes_are_held_to_their_ranges() {
+        let mut tuning = Tuning::defaults();
+        tuning.log_bytes_max = ByteSize::new(128 << 20);
+        let error = config(ONE, "a", tuning).unwrap_err();
+        assert!(error.to_string().starts_with("--log-bytes-max is 128MiB"), "{error}");
+        let mut tuning = Tuning::defaults();
+        tuning.log_segment_bytes = ByteSize::new((1 << 20) + 512);
+        assert!(config(ONE, "a", tuning).is_err());
+    }
+}

@@ -1,0 +1,60 @@
+//! Every bound of the replica service in one place. A client past a bound is not served less
+//! correctly: the replica stops reading from it until there is room.
+
+use std::time::Duration;
+
+/// Requests of one connection that may be under way at once. 128 is what the Linux client keeps in
+/// flight by default; fio and qemu stay below. More would only queue in the replica instead of in
+/// the client.
+pub(crate) const REQUESTS_IN_FLIGHT_MAX: usize = 128;
+
+/// Mutations of one connection that may be under way at once: a client's write becomes one mutation
+/// a MiB, at most 33 for the largest. Equal to the session's result window, past which the state
+/// machine could no longer tell a repeated mutation from a new one.
+pub(crate) const MUTATIONS_IN_FLIGHT_MAX: usize = 256;
+
+/// Bytes of replies that may wait for one connection's client to read them. Past it the replica
+/// reads no further request from that client. One maximal read (32 MiB) may always be under way.
+pub(crate) const OUTPUT_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes asked of a socket in one read while looking for request headers. 64 KiB holds 15 writes of
+/// 4 KiB; larger payloads are read straight into their own buffers.
+pub(crate) const INPUT_READ_BYTES: usize = 64 << 10;
+
+/// Reads up to this length are tried at once on the connection's own task when the page cache has
+/// them (about 10 us of copying); longer ones go to the blocking pool, so that one client's large
+/// reads do not hold up the other connections of the same worker.
+pub(crate) const INLINE_READ_BYTES_MAX: u64 = 128 << 10;
+
+/// Time a client has to finish the handshake, counted from the connection (CVE-2024-7409).
+pub(crate) const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A client that takes no byte of its waiting replies for this long is disconnected.
+pub(crate) const OUTPUT_STALL_MAX: Duration = Duration::from_secs(60);
+
+/// A client that sends no byte of a write's announced payload for this long is disconnected: its
+/// share of the byte budget is needed by others.
+pub(crate) const PAYLOAD_STALL_MAX: Duration = Duration::from_secs(30);
+
+/// Proposals waiting for a group to take them in. Behind it, connections wait with theirs.
+pub(crate) const GROUP_MAILBOX_MAX: usize = 1024;
+
+/// Log writes a group may have handed to the log thread and not seen finished. Two: one being
+/// written and one waiting behind it; what arrives meanwhile is packed into fewer, larger entries.
+pub(crate) const APPENDS_IN_FLIGHT_MAX: usize = 2;
+
+/// Jobs waiting for the log thread, over all groups of the node. Each group has at most
+/// [`APPENDS_IN_FLIGHT_MAX`] and a few that only carry a hard state.
+pub(crate) const LOG_QUEUE_MAX: usize = 4096;
+
+/// Commands are packed into one log entry up to this many bytes. Larger commands go alone and are
+/// never copied. Half of raft's message size, so that packing never makes a message of its own.
+pub(crate) const ENTRY_PACK_BYTES_MAX: usize = 128 << 10;
+
+/// Bytes of entries the log thread joins into one durable write.
+pub(crate) const LOG_BATCH_BYTES_MAX: usize = 4 << 20;
+
+/// Times a write that found no room waits for a checkpoint to show whether there is some.
+pub(crate) const SPACE_ATTEMPTS_MAX: usize = 3;
+
+const _: () = assert!(MUTATIONS_IN_FLIGHT_MAX > 33, "one maximal write must fit the window");

@@ -1,0 +1,231 @@
+//! From connection to attached session: carries the handshake, finds or creates the volume, and opens
+//! the session in the shard's log.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use nbd_proto::{
+    ExportInfo, ExportName, ExportRefusal, HandshakeEvent, Negotiated, Purpose, ServerHandshake,
+};
+use nbd_store::{Epoch, Outcome, SessionId, VolumeInfo, command};
+use nbd_topology::{DEFAULT_VOLUME_NAME, shard_of};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tracing::{Instrument, debug, info, info_span, warn};
+
+use super::Node;
+use super::session::{self, Attached};
+use crate::group_task::{GroupHandle, GroupStopped, Reply};
+use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES};
+
+/// Longest name that an attach may create a volume under. The protocol advises clients to stay within
+/// it; existing volumes are served under any name they have.
+const CREATED_NAME_BYTES_MAX: usize = 256;
+
+/// Epoch of a session that was never resumed.
+pub(super) const FIRST_EPOCH: Epoch = Epoch(1);
+
+/// Serves one connection from its first byte to its last.
+pub(super) async fn serve(mut stream: TcpStream, node: &Arc<Node>) {
+    let mut input = BytesMut::with_capacity(INPUT_READ_BYTES);
+    let mut opened = None;
+    let negotiation = negotiate(&mut stream, &mut input, node, &mut opened);
+    let negotiated = tokio::select! {
+        negotiated = tokio::time::timeout(HANDSHAKE_DEADLINE, negotiation) => negotiated,
+        () = node.shutdown.started() => Ok(Ok(None)),
+    };
+    let negotiated = match negotiated {
+        Ok(Ok(negotiated)) => negotiated,
+        Ok(Err(error)) => {
+            info!(%error, "handshake failed");
+            None
+        }
+        Err(_) => {
+            info!(deadline = ?HANDSHAKE_DEADLINE, "handshake not finished in time");
+            None
+        }
+    };
+    let Some(opened) = opened else { return };
+    let group = opened.group.clone();
+    let id = opened.session;
+    if let Some(negotiated) = negotiated {
+        let export = negotiated.export.name.to_string();
+        let attached = Attached { stream, input, negotiated, opened, node: Arc::clone(node) };
+        let span = info_span!("session", %export);
+        session::run(attached).instrument(span).await;
+    }
+    // Behind all that the session proposed, so the log ends it only after its last mutation.
+    if group.propose(command::encode_close_session(id, FIRST_EPOCH), Reply::Nobody).await.is_err() {
+        debug!("the group stopped before the session was closed");
+    }
+}
+
+/// A session that is open in the shard's log.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) session: SessionId,
+    pub(super) volume: VolumeInfo,
+    pub(super) group: GroupHandle,
+}
+
+/// Why a handshake ended without a session.
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    #[error("{0}")]
+    Protocol(#[from] nbd_proto::HandshakeError),
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Carries the handshake to its end. `None` if the client ended it. `opened` is the session as soon
+/// as there is one: the caller closes it whatever happens later.
+async fn negotiate(
+    stream: &mut TcpStream,
+    input: &mut BytesMut,
+    node: &Node,
+    opened: &mut Option<Opened>,
+) -> Result<Option<Negotiated>, AttachError> {
+    let mut handshake = ServerHandshake::new();
+    send(stream, handshake.take_output()).await?;
+    loop {
+        let event = match handshake.receive(input) {
+            Ok(event) => event,
+            Err(error) => {
+                send(stream, handshake.take_output()).await?;
+                return Err(error.into());
+            }
+        };
+        match event {
+            None => {
+                send(stream, handshake.take_output()).await?;
+                input.reserve(INPUT_READ_BYTES);
+                if stream.read_buf(input).await? == 0 {
+                    debug!("the client left during the handshake");
+                    return Ok(None);
+                }
+            }
+            Some(HandshakeEvent::Aborted) => {
+                send(stream, handshake.take_output()).await?;
+                return Ok(None);
+            }
+            Some(HandshakeEvent::List) => {
+                handshake.answer_list(list(node).into_iter());
+            }
+            Some(HandshakeEvent::Resolve { name, purpose }) => {
+                let answer = match purpose {
+                    Purpose::Describe => describe(node, &name).await,
+                    Purpose::Attach => attach(node, &name, opened).await,
+                };
+                if let Some(negotiated) = handshake.answer_export(answer) {
+                    send(stream, handshake.take_output()).await?;
+                    return Ok(Some(negotiated));
+                }
+            }
+        }
+    }
+}
+
+async fn send(stream: &mut TcpStream, output: BytesMut) -> io::Result<()> {
+    if output.is_empty() { Ok(()) } else { stream.write_all(&output).await }
+}
+
+/// The volume name an export name stands for: the empty name is the default volume.
+fn volume_name(name: &ExportName) -> &str {
+    if name.as_str().is_empty() { DEFAULT_VOLUME_NAME } else { name.as_str() }
+}
+
+fn group_of<'node>(node: &'node Node, name: &str) -> Option<&'node GroupHandle> {
+    node.groups.get(&shard_of(name.as_bytes(), node.shard_count))
+}
+
+/// The exports of all shards of this node.
+fn list(node: &Node) -> Vec<(ExportName, String)> {
+    let mut exports: Vec<_> = node
+        .groups
+        .values()
+        .flat_map(|group| group.reader().volumes())
+        .filter_map(|volume| {
+            Some((
+                ExportName::from_bytes(volume.name.as_bytes()).ok()?,
+                volume.description.to_string(),
+            ))
+        })
+        .collect();
+    exports.sort_by(|(a, _), (b, _)| a.as_str().cmp(b.as_str()));
+    exports
+}
+
+fn export_info(volume: &VolumeInfo) -> Result<ExportInfo, ExportRefusal> {
+    let name =
+        ExportName::from_bytes(volume.name.as_bytes()).map_err(|_| ExportRefusal::Unknown)?;
+    let description = volume.description.to_string();
+    Ok(ExportInfo { name, description, size: volume.size, read_only: false })
+}
+
+/// What an attach would find, without creating anything.
+async fn describe(node: &Node, name: &ExportName) -> Result<ExportInfo, ExportRefusal> {
+    let name = volume_name(name);
+    let group = group_of(node, name).ok_or(ExportRefusal::Unknown)?;
+    group.serving().await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
+    if let Some(volume) = group.reader().volume_by_name(name) {
+        return export_info(&volume);
+    }
+    if !may_create(node, name) {
+        return Err(ExportRefusal::Unknown);
+    }
+    let name = ExportName::from_bytes(name.as_bytes()).map_err(|_| ExportRefusal::Unknown)?;
+    let size = node.volumes.default_size;
+    Ok(ExportInfo { name, description: String::new(), size, read_only: false })
+}
+
+/// Finds or creates the volume and opens a session on it. `opened` is set before the log is asked:
+/// should this wait be cut short, the session is closed whether or not it came to be.
+async fn attach(
+    node: &Node,
+    name: &ExportName,
+    opened: &mut Option<Opened>,
+) -> Result<ExportInfo, ExportRefusal> {
+    let name = volume_name(name);
+    let group = group_of(node, name).ok_or(ExportRefusal::Unknown)?;
+    group.serving().await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
+    let volume = match group.reader().volume_by_name(name) {
+        Some(volume) => volume,
+        None if may_create(node, name) => create(node, group, name).await?,
+        None => return Err(ExportRefusal::Unknown),
+    };
+    let session = SessionId(rand::random());
+    let command = command::encode_open_session(session, FIRST_EPOCH, volume.id);
+    let info = export_info(&volume)?;
+    *opened = Some(Opened { session, volume, group: group.clone() });
+    match group.run(command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
+        Outcome::SessionOpened => Ok(info),
+        other => {
+            *opened = None;
+            warn!(outcome = ?other, "cannot open a session");
+            Err(ExportRefusal::Policy)
+        }
+    }
+}
+
+fn may_create(node: &Node, name: &str) -> bool {
+    node.volumes.auto_create
+        && name.len() <= CREATED_NAME_BYTES_MAX
+        && !name.chars().any(char::is_control)
+}
+
+async fn create(node: &Node, group: &GroupHandle, name: &str) -> Result<VolumeInfo, ExportRefusal> {
+    let command = command::encode_create_volume(name, node.volumes.default_size, "")
+        .map_err(|_| ExportRefusal::Unknown)?;
+    match group.run(command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
+        Outcome::VolumeCreated(volume) => {
+            info!(volume = %volume.name, size = volume.size, "created a volume");
+            Ok(volume)
+        }
+        Outcome::VolumeExists(volume) => Ok(volume),
+        other => {
+            warn!(outcome = ?other, "cannot create a volume");
+            Err(ExportRefusal::Policy)
+        }
+    }
+}

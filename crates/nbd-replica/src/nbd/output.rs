@@ -1,0 +1,86 @@
+//! Replies on their way to one client.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::net::TcpStream;
+
+/// Slices handed to one vectored write.
+const SLICES_MAX: usize = 64;
+
+/// Spare capacity kept in the buffer for small replies.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Bytes to send, in order: small replies gather in one buffer, large read data is queued as it is.
+#[derive(Debug, Default)]
+pub(crate) struct Output {
+    queue: VecDeque<Bytes>,
+    queued_bytes: usize,
+    buffer: BytesMut,
+}
+
+impl Output {
+    /// Where replies are encoded.
+    pub(crate) fn buffer(&mut self) -> &mut BytesMut {
+        if self.buffer.capacity() - self.buffer.len() < 512 {
+            self.buffer.reserve(BUFFER_BYTES);
+        }
+        &mut self.buffer
+    }
+
+    /// Queues bytes behind all that was encoded so far, without copying them.
+    pub(crate) fn push(&mut self, bytes: Bytes) {
+        self.seal();
+        self.queued_bytes += bytes.len();
+        self.queue.push_back(bytes);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.queued_bytes + self.buffer.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn seal(&mut self) {
+        if !self.buffer.is_empty() {
+            self.queued_bytes += self.buffer.len();
+            self.queue.push_back(self.buffer.split().freeze());
+        }
+    }
+
+    /// Sends as much as the socket takes now. `true` if that was something.
+    pub(crate) fn try_send(&mut self, stream: &TcpStream) -> io::Result<bool> {
+        self.seal();
+        let mut progress = false;
+        while !self.queue.is_empty() {
+            let slices: Vec<IoSlice<'_>> =
+                self.queue.iter().take(SLICES_MAX).map(|bytes| IoSlice::new(bytes)).collect();
+            match stream.try_write_vectored(&slices) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => {
+                    self.consume(sent);
+                    progress = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(progress)
+    }
+
+    fn consume(&mut self, mut sent: usize) {
+        self.queued_bytes -= sent;
+        while sent > 0 {
+            let Some(front) = self.queue.front_mut() else { return };
+            if front.len() > sent {
+                front.advance(sent);
+                return;
+            }
+            sent -= front.len();
+            self.queue.pop_front();
+        }
+    }
+}
