@@ -28,7 +28,8 @@ impl Job {
         if self.block_kib >= 128 { "MiB/s" } else { "IOPS" }
     }
 
-    /// Brings the export into the state the job starts from: fully written and, for reads, read once.
+    /// Brings the export into the state the job starts from: fully written and, for reads, read
+    /// once.
     pub(crate) fn prepare(&self, uri: &str) -> Result<()> {
         let write = ["--rw=write", "--bs=1M", "--iodepth=8", "--name=prepare"];
         fio(uri, &write)?;

@@ -1,8 +1,8 @@
 //! Paired measurements of Cinderblock against other NBD servers, in one run on one disk.
 //!
-//! Machines drift, so no figure is judged alone: every job runs against Cinderblock and its reference
-//! in turn, several rounds, and what counts is the median of the ratios. fio's nbd engine is the
-//! client for all.
+//! Machines drift, so no figure is judged alone: every job runs against Cinderblock and its
+//! reference in turn, several rounds, and what counts is the median of the ratios. fio's nbd engine
+//! is the client for all.
 //!
 //! | job | reference | aim |
 //! | --- | --- | --- |

@@ -104,8 +104,8 @@ impl Drop for Server {
     }
 }
 
-/// A file of the volume's size. The jobs write it once before they measure, so that the reference does
-/// not pay for allocation.
+/// A file of the volume's size. The jobs write it once before they measure, so that the reference
+/// does not pay for allocation.
 fn raw_file(path: &Path) -> Result<PathBuf> {
     let file = File::create(path).context("create the raw file")?;
     file.set_len(VOLUME_BYTES).context("size the raw file")?;

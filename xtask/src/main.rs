@@ -6,8 +6,8 @@
 //! - [`mod@test`]: install missing test tools, run every test, print the totals.
 //! - [`ci`]: the static checks, then the same tests.
 //! - [`deps`]: who may depend on whom.
-//! - [`tidy`]: what neither the compiler, clippy nor rustfmt checks; [`drawings`]: that documents and
-//!   modules draw the same.
+//! - [`tidy`]: what neither the compiler, clippy nor rustfmt checks; [`drawings`]: that documents
+//!   and modules draw the same.
 //! - [`mod@bench`]: paired measurements, in release.
 
 mod bench;

@@ -21,7 +21,8 @@ pub enum GroupError {
     },
     /// `0 < heartbeat_ticks < election_ticks` does not hold.
     #[error(
-        "heartbeat of {heartbeat} ticks and election timeout of {election}: 0 < heartbeat < election must hold"
+        "heartbeat of {heartbeat} ticks and election timeout of {election}: \
+         0 < heartbeat < election must hold"
     )]
     Ticks {
         /// Heartbeat interval given.
@@ -40,7 +41,8 @@ pub enum GroupError {
     },
     /// `compacted <= applied <= commit <= last` does not hold in what was recovered.
     #[error(
-        "recovered log is inconsistent: compacted {compacted}, applied {applied}, commit {commit}, last {last}"
+        "recovered log is inconsistent: \
+         compacted {compacted}, applied {applied}, commit {commit}, last {last}"
     )]
     Indexes {
         /// Index compacted to.
@@ -54,7 +56,8 @@ pub enum GroupError {
     },
     /// A recovered entry's term is less than its predecessor's, or more than the hard state's.
     #[error(
-        "recovered entry {index} of term {term} does not fit between its neighbours and term {current}"
+        "recovered entry {index} of term {term} does not fit \
+         between its neighbours and term {current}"
     )]
     Terms {
         /// The entry.

@@ -30,15 +30,16 @@ use crate::reads::Reads;
 /// elects a leader from ticks and messages.
 pub struct Group {
     config: GroupConfig,
-    /// raft-rs. After each step it has no ready waiting and no unstable entry: everything it decided
-    /// has been turned into effects and is in its [`LogCache`].
+    /// raft-rs. After each step it has no ready waiting and no unstable entry: everything it
+    /// decided has been turned into effects and is in its [`LogCache`].
     raw: RawNode<LogCache>,
     readies: Readies,
     proposals: Proposals,
     reads: Reads,
     /// The last hard state in an append. Its `commit` may lag behind raft-rs's.
     hard_state_sent: HardState,
-    /// Highest index handed out to be applied. `applied <= handed_out <= min(committed, persisted)`.
+    /// Highest index handed out to be applied. `applied <= handed_out <= min(committed,
+    /// persisted)`.
     handed_out: u64,
     /// As last reported in [`Effects::role_changed`].
     leadership: Leadership,

@@ -1,9 +1,9 @@
 //! The shard's consensus group as a pure step function.
 //!
-//! Nothing here reads a clock, a socket or a file, nor a random source other than raft-rs's election
-//! jitter, which [`GroupConfig::election_ticks_jitter`] switches off. The caller steps [`Input`]s
-//! and carries out [`Effects`]. It is the only crate that sees `raft`: its log is (index, term,
-//! bytes) to everyone else.
+//! Nothing here reads a clock, a socket or a file, nor a random source other than raft-rs's
+//! election jitter, which [`GroupConfig::election_ticks_jitter`] switches off. The caller steps
+//! [`Input`]s and carries out [`Effects`]. It is the only crate that sees `raft`: its log is
+//! (index, term, bytes) to everyone else.
 //!
 //! ```text
 //!                              ┌─────────┐ ──▶ send_now                     transport

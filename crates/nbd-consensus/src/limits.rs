@@ -12,8 +12,8 @@ pub const INFLIGHT_MESSAGES_MAX: usize = 64;
 /// Default for [`GroupConfig::uncommitted_bytes_max`](crate::GroupConfig::uncommitted_bytes_max).
 pub const UNCOMMITTED_BYTES_MAX: usize = 64 << 20;
 
-/// Bytes of committed entries one raft-rs ready hands out to be applied, so that a burst is cut into
-/// pieces. Unlimited by raft-rs's own default.
+/// Bytes of committed entries one raft-rs ready hands out to be applied, so that a burst is cut
+/// into pieces. Unlimited by raft-rs's own default.
 pub const APPLY_BYTES_MAX: u64 = 8 << 20;
 
 /// Default for [`GroupConfig::entry_bytes_max`](crate::GroupConfig::entry_bytes_max): the largest

@@ -13,11 +13,11 @@ struct Open {
 
 /// Tickets by the place their entry was given, in order of (index, term).
 ///
-/// A ticket is decided by what is *committed*: its own entry, another at its index, or anything of a
-/// later term. (Every later leader has that entry of the later term, and terms do not go back along
-/// a log, so nothing of the earlier term can follow it.) Neither losing leadership nor seeing the
-/// entry cut from the local log decides anything: another replica may still hold the entry, win an
-/// election and commit it. That is also why one index can be open for several terms.
+/// A ticket is decided by what is *committed*: its own entry, another at its index, or anything of
+/// a later term. (Every later leader has that entry of the later term, and terms do not go back
+/// along a log, so nothing of the earlier term can follow it.) Neither losing leadership nor seeing
+/// the entry cut from the local log decides anything: another replica may still hold the entry, win
+/// an election and commit it. That is also why one index can be open for several terms.
 #[derive(Debug, Default)]
 pub(crate) struct Proposals {
     open: VecDeque<Open>,
@@ -32,8 +32,8 @@ impl Proposals {
         self.open.insert(place, Open { index, term, ticket });
     }
 
-    /// The entry (`index`, `term`) is committed: returns its ticket, and gives every ticket that this
-    /// rules out to `superseded`.
+    /// The entry (`index`, `term`) is committed: returns its ticket, and gives every ticket that
+    /// this rules out to `superseded`.
     pub(crate) fn committed(
         &mut self,
         index: u64,

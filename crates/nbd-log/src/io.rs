@@ -1,7 +1,7 @@
 //! Access to one node's data directory, behind a trait.
 //!
-//! Everything that reaches a disk goes through [`Disk`] and [`DiskFile`], so that the same code runs
-//! on files ([`FileDisk`]) and on a disk that forgets what was not synced ([`MemoryDisk`]).
+//! Everything that reaches a disk goes through [`Disk`] and [`DiskFile`], so that the same code
+//! runs on files ([`FileDisk`]) and on a disk that forgets what was not synced ([`MemoryDisk`]).
 //!
 //! Names are relative to the directory, made of `a-z 0-9 . / -`, and chosen by our own code; a name
 //! outside that alphabet is a bug and panics. `""` is the directory itself.

@@ -13,8 +13,8 @@
 //!
 //! - [`io`]: the [`io::Disk`] trait, the real [`io::FileDisk`], and [`io::MemoryDisk`], which loses
 //!   unsynced writes on demand.
-//! - [`log`]: [`log::Log::open`] scans what a crash left and hands out the writer, the reader and the
-//!   pool of segment files. The format is drawn in [`log::format`].
+//! - [`log`]: [`log::Log::open`] scans what a crash left and hands out the writer, the reader and
+//!   the pool of segment files. The format is drawn in [`log::format`].
 //! - [`checksum`]: CRC32C, as used by everything that reaches a disk.
 //! - [`limits`]: every bound of this crate, by name.
 

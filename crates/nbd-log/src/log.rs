@@ -19,9 +19,10 @@
 //! - [`recovery`]: [`Log::open`], which tells a torn tail from a damaged middle.
 //! - [`error`]: what each of them can fail with.
 //!
-//! **Invariants.** At most one batch is in flight, so everything before it is durable. Live segments
-//! are consecutive. A position is never used twice for data that was acknowledged. A segment file is
-//! overwritten only once a durable batch or header says that it was freed.
+//! **Invariants.** At most one batch is in flight, so everything before it is durable. Live
+//!  segments
+//! are consecutive. A position is never used twice for data that was acknowledged. A segment file
+//! is overwritten only once a durable batch or header says that it was freed.
 
 mod cache;
 pub mod error;

@@ -1,7 +1,7 @@
 //! Magic numbers, flags and codes, each with the section of the protocol document it comes from.
 //!
-//! The document is `doc/proto.md` of NetworkBlockDevice/nbd; what concerns extended headers is in the
-//! same file on its branch `extension-ext-header`. All numbers are big-endian on the wire.
+//! The document is `doc/proto.md` of NetworkBlockDevice/nbd; what concerns extended headers is in
+//! the same file on its branch `extension-ext-header`. All numbers are big-endian on the wire.
 
 /// First 8 bytes a server sends, ASCII `NBDMAGIC` ("Newstyle negotiation").
 pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
@@ -49,7 +49,9 @@ pub const BASE_WILDCARD: &str = "base:";
 pub const ALLOCATION_CONTEXT_ID: u32 = 1;
 
 macro_rules! flag_set {
-    ($(#[$doc:meta])* $name:ident: $repr:ty { $($(#[$flag_doc:meta])* $flag:ident = $bit:literal;)* }) => {
+    ($(#[$doc:meta])* $name:ident: $repr:ty {
+        $($(#[$flag_doc:meta])* $flag:ident = $bit:literal;)*
+    }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
         pub struct $name($repr);
@@ -121,7 +123,8 @@ flag_set! {
 }
 
 flag_set! {
-    /// The client's answer to the greeting ("Client flags"). A server drops a client that sets others.
+    /// The client's answer to the greeting ("Client flags"). A server drops a client that sets
+    /// others.
     ClientFlags: u32 {
         /// The client understands answers to options.
         FIXED_NEWSTYLE = 0;

@@ -11,11 +11,11 @@ use crate::validate::{Refusal, Rules};
 
 /// Cuts a client's bytes into validated requests.
 ///
-/// Call [`decode`](Self::decode) until it wants more. When it yields a write, its payload comes next
-/// in the stream: take all of it with [`take_payload`](Self::take_payload) and, for what is not in
-/// `input`, by reading from the socket straight into the final buffer and reporting it with
-/// [`payload_received`](Self::payload_received). Only then call `decode` again. A write whose payload
-/// did not arrive in full never happened.
+/// Call [`decode`](Self::decode) until it wants more. When it yields a write, its payload comes
+/// next in the stream: take all of it with [`take_payload`](Self::take_payload) and, for what is
+/// not in `input`, by reading from the socket straight into the final buffer and reporting it with
+/// [`payload_received`](Self::payload_received). Only then call `decode` again. A write whose
+/// payload did not arrive in full never happened.
 ///
 /// Buffers nothing of its own; `input` never needs to hold more than one header.
 #[derive(Debug)]
@@ -55,7 +55,8 @@ impl RequestDecoder {
         Self { rules: Rules::new(negotiated), state: State::Header }
     }
 
-    /// The next request in `input`, consuming exactly its header (and the payload of a refused one).
+    /// The next request in `input`, consuming exactly its header (and the payload of a refused
+    /// one).
     ///
     /// An error is final: the stream can no longer be followed, and each further call returns it
     /// again.
@@ -82,8 +83,8 @@ impl RequestDecoder {
         }
     }
 
-    /// Moves payload from `input` to `dest` and returns how much: the least of what `input` has, what
-    /// `dest` holds, and what remains.
+    /// Moves payload from `input` to `dest` and returns how much: the least of what `input` has,
+    /// what `dest` holds, and what remains.
     pub fn take_payload(&mut self, input: &mut BytesMut, dest: &mut [u8]) -> usize {
         let remaining = usize::try_from(self.payload_remaining()).unwrap_or(usize::MAX);
         let count = input.len().min(dest.len()).min(remaining);
@@ -113,8 +114,8 @@ impl RequestDecoder {
         }
     }
 
-    /// Gives up the write whose payload is outstanding: what remains of it is thrown away by the next
-    /// calls of [`decode`](Self::decode), and then it comes out as [`Decoded::Refused`].
+    /// Gives up the write whose payload is outstanding: what remains of it is thrown away by the
+    /// next calls of [`decode`](Self::decode), and then it comes out as [`Decoded::Refused`].
     ///
     /// # Panics
     ///

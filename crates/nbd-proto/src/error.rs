@@ -80,9 +80,9 @@ pub enum HandshakeError {
         /// The 8 bytes as sent.
         found: u64,
     },
-    /// An option announced more than [`limits::OPTION_SKIP_BYTES_MAX`](crate::limits::OPTION_SKIP_BYTES_MAX)
-    /// bytes of data, or `NBD_OPT_EXPORT_NAME` (which cannot be answered with an error) more than a
-    /// name has.
+    /// An option announced more than
+    /// [`limits::OPTION_SKIP_BYTES_MAX`](crate::limits::OPTION_SKIP_BYTES_MAX) bytes of data, or
+    /// `NBD_OPT_EXPORT_NAME` (which cannot be answered with an error) more than a name has.
     #[error("option {option} announced {length} bytes of data, {max} are allowed")]
     OptionTooLong {
         /// The option's code.
@@ -115,8 +115,8 @@ pub enum HandshakeError {
     Ended,
 }
 
-/// Why a server ends a session during transmission. The peer is told nothing: the byte stream can no
-/// longer be followed.
+/// Why a server ends a session during transmission. The peer is told nothing: the byte stream can
+/// no longer be followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TransmissionError {
     /// The bytes where a request should begin do not begin one of the style agreed on.

@@ -6,8 +6,8 @@ use crate::constants::TransmissionFlags;
 use crate::limits::{EXPORT_BYTES_MAX, EXPORT_NAME_BYTES_MAX};
 
 /// An export's name: UTF-8 without NUL, at most
-/// [`EXPORT_NAME_BYTES_MAX`] bytes, possibly empty (the default export). Compared byte by byte; never
-/// a path and never a C string.
+/// [`EXPORT_NAME_BYTES_MAX`] bytes, possibly empty (the default export). Compared byte by byte;
+/// never a path and never a C string.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct ExportName(String);
 
@@ -90,9 +90,9 @@ pub struct ExportInfo {
 impl ExportInfo {
     /// The transmission flags of this export under `replies`.
     ///
-    /// `CAN_MULTI_CONN` and `SEND_FUA` are promises the server keeps by answering no write before it
-    /// is durable and visible to every connection. Flags of commands that write are left out for a
-    /// read-only export, as qemu and nbdkit do.
+    /// `CAN_MULTI_CONN` and `SEND_FUA` are promises the server keeps by answering no write before
+    /// it is durable and visible to every connection. Flags of commands that write are left out for
+    /// a read-only export, as qemu and nbdkit do.
     ///
     /// # Panics
     ///

@@ -37,8 +37,8 @@ pub fn handshake(data: &[u8]) {
 }
 
 /// A client's bytes against [`RequestDecoder`]; each request is answered, and the answer read back.
-/// `data[0]`: bits 0-1 the style, bit 2 read-only, bit 3 block status; `data[1]`: the export's size,
-/// of a few. The rest is the stream.
+/// `data[0]`: bits 0-1 the style, bit 2 read-only, bit 3 block status; `data[1]`: the export's
+/// size, of a few. The rest is the stream.
 pub fn transmission(data: &[u8]) {
     let Some((&[settings, size], stream)) = data.split_first_chunk::<2>() else { return };
     let sizes = [1 << 30, 0, 1, 4096, 1_000_003, 1 << 44, EXPORT_BYTES_MAX];

@@ -1,13 +1,13 @@
 //! The NBD wire protocol, both directions, sans-IO.
 //!
-//! Nothing here reads a socket, a file or a clock, and nothing blocks: bytes go in, events and bytes
-//! come out. A peer is never trusted. Whatever it sends leads to an event, to a refusal, or to an
-//! error that ends its session; never to a panic, and never to memory by a length it announced.
-//! Panics are left for callers that break the order of calls documented on each type.
+//! Nothing here reads a socket, a file or a clock, and nothing blocks: bytes go in, events and
+//! bytes come out. A peer is never trusted. Whatever it sends leads to an event, to a refusal, or
+//! to an error that ends its session; never to a panic, and never to memory by a length it
+//! announced. Panics are left for callers that break the order of calls documented on each type.
 //!
 //! ```text
 //!  server                                                          client
-//!  socket ─▶ ServerHandshake ─▶ Resolve, List, Aborted             ClientHandshake ─▶ Attached, ...
+//!  socket ─▶ ServerHandshake ─▶ Resolve, List, Aborted             ClientHandshake ─▶ Attached
 //!                  │ answer_export                                        │
 //!                  ▼                                                      ▼
 //!              Negotiated                                              Attached

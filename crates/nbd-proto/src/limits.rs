@@ -3,8 +3,8 @@
 //! A peer announces lengths; nothing is allocated, skipped or answered by such a length before it
 //! was compared with a number here.
 
-/// Bytes of an export name, description, metadata query or error text ("Conventions": strings are at
-/// most 4096 bytes). Part of the protocol, not a choice.
+/// Bytes of an export name, description, metadata query or error text ("Conventions": strings are
+/// at most 4096 bytes). Part of the protocol, not a choice.
 pub const STRING_BYTES_MAX: usize = 4096;
 
 /// Bytes of an export name. The document's bound; 256 is what it advises clients to stay under.
@@ -48,8 +48,8 @@ pub const REQUEST_PAYLOAD_BYTES_MAX: u64 = 32 * 1024 * 1024;
 /// `NBD_EINVAL` instead of a dead connection. Above it the connection is closed.
 pub const WRITE_DRAIN_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
-/// Smallest addressable unit announced. 1, since a larger one breaks kernel clients (which never ask)
-/// or makes qemu read, modify and write on its own, which loses updates between connections.
+/// Smallest addressable unit announced. 1, since a larger one breaks kernel clients (which never
+/// ask) or makes qemu read, modify and write on its own, which loses updates between connections.
 pub const BLOCK_BYTES_MIN: u32 = 1;
 
 /// Unit announced as cheapest to write: the block of the store.
@@ -63,8 +63,8 @@ pub const BLOCK_STATUS_EXTENTS_MAX: usize = 1 << 16;
 pub const REPLY_EXTENTS_MAX: usize = 1 << 20;
 
 /// Longest extent in the 32-bit form of block status: the largest multiple of
-/// [`BLOCK_BYTES_PREFERRED`] in 32 bits, so that a cut extent ends on a block (CVE-2025-47711 was an
-/// assertion on one that did not fit).
+/// [`BLOCK_BYTES_PREFERRED`] in 32 bits, so that a cut extent ends on a block (CVE-2025-47711 was
+/// an assertion on one that did not fit).
 pub const COMPACT_EXTENT_BYTES_MAX: u32 = u32::MAX - (BLOCK_BYTES_PREFERRED - 1);
 
 /// Bytes of an error chunk a client accepts: its fixed fields, a full text, an offset, and as much
@@ -90,7 +90,8 @@ const _: () = {
     assert!(BLOCK_BYTES_PREFERRED.is_power_of_two() && BLOCK_BYTES_PREFERRED >= 512);
     assert!(BLOCK_BYTES_MIN <= BLOCK_BYTES_PREFERRED);
     assert!(BLOCK_BYTES_PREFERRED as u64 <= REQUEST_PAYLOAD_BYTES_MAX);
-    // A content chunk's length field (payload and an 8-byte offset) and a hole's length are 32 bits.
+    // A content chunk's length field (payload and an 8-byte offset) and a hole's length are 32
+    // bits.
     assert!(REQUEST_PAYLOAD_BYTES_MAX + 8 <= u32::MAX as u64);
     assert!(REQUEST_PAYLOAD_BYTES_MAX <= WRITE_DRAIN_BYTES_MAX);
     assert!(COMPACT_EXTENT_BYTES_MAX.is_multiple_of(BLOCK_BYTES_PREFERRED));

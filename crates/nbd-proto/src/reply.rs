@@ -87,13 +87,13 @@ impl ReplyEncoder {
         put_error(out, error, text);
     }
 
-    /// The bytes that precede `len` bytes of data found at `offset`; the caller sends the data right
-    /// after them.
+    /// The bytes that precede `len` bytes of data found at `offset`; the caller sends the data
+    /// right after them.
     ///
     /// # Panics
     ///
-    /// If `len` is zero or above [`REQUEST_PAYLOAD_BYTES_MAX`], or if replies are simple and this is
-    /// not the whole read (`last`, starting where the request did).
+    /// If `len` is zero or above [`REQUEST_PAYLOAD_BYTES_MAX`], or if replies are simple and this
+    /// is not the whole read (`last`, starting where the request did).
     pub fn read_prefix(&self, out: &mut BytesMut, to: &ReplyTo, offset: u64, len: u64, last: bool) {
         assert!((1..=REQUEST_PAYLOAD_BYTES_MAX).contains(&len), "content chunk of {len} bytes");
         if self.replies == ReplyStyle::Simple {
@@ -151,10 +151,10 @@ impl ReplyEncoder {
     /// Allocation status from the request's offset on, in the form the style demands.
     ///
     /// Only the first [`BLOCK_STATUS_EXTENTS_MAX`] extents are sent, and with 32-bit lengths only
-    /// those up to the first that is longer than [`COMPACT_EXTENT_BYTES_MAX`], cut to that: an answer
-    /// may be shorter than the question. It is the caller's part that all but the last extent lie
-    /// inside the request, that none passes the export's end, and that there is just one, inside the
-    /// request, if the client asked for one.
+    /// those up to the first that is longer than [`COMPACT_EXTENT_BYTES_MAX`], cut to that: an
+    /// answer may be shorter than the question. It is the caller's part that all but the last
+    /// extent lie inside the request, that none passes the export's end, and that there is just
+    /// one, inside the request, if the client asked for one.
     ///
     /// # Panics
     ///

@@ -119,9 +119,9 @@ impl ReplyDecoder {
 
     /// The next reply, or part of one, in `input`, consuming exactly that.
     ///
-    /// `pending` tells the range of the read outstanding under a cookie; `None` if that is no read. A
-    /// simple reply cannot be followed without it. An error is final: each further call returns it
-    /// again.
+    /// `pending` tells the range of the read outstanding under a cookie; `None` if that is no read.
+    /// A simple reply cannot be followed without it. An error is final: each further call returns
+    /// it again.
     ///
     /// # Panics
     ///
@@ -151,8 +151,8 @@ impl ReplyDecoder {
         self.payload_remaining
     }
 
-    /// Moves content from `input` to `dest` and returns how much: the least of what `input` has, what
-    /// `dest` holds, and what remains.
+    /// Moves content from `input` to `dest` and returns how much: the least of what `input` has,
+    /// what `dest` holds, and what remains.
     pub fn take_payload(&mut self, input: &mut BytesMut, dest: &mut [u8]) -> usize {
         let remaining = usize::try_from(self.payload_remaining).unwrap_or(usize::MAX);
         let count = input.len().min(dest.len()).min(remaining);
@@ -226,8 +226,8 @@ impl ReplyDecoder {
             ReplyStyle::Extended => chunk::BLOCK_STATUS_EXT,
             _ => chunk::BLOCK_STATUS,
         };
-        // How much of the payload has to be in the input before anything is consumed: all of it, but
-        // for content of which only the offset.
+        // How much of the payload has to be in the input before anything is consumed: all of it,
+        // but for content of which only the offset.
         let needed = match kind {
             chunk::NONE if length == 0 => 0,
             chunk::OFFSET_DATA if length > 8 => 8,
@@ -322,8 +322,8 @@ fn block_status(chunk: &Chunk, payload: &[u8], replies: ReplyStyle) -> Option<Re
     Some(ReplyEvent::BlockStatus { cookie: chunk.cookie, context_id, extents, last: chunk.last })
 }
 
-/// Also for error chunks of unknown types, which begin alike ("All error chunk types have bit 15 set,
-/// and begin with the same fields").
+/// Also for error chunks of unknown types, which begin alike ("All error chunk types have bit 15
+/// set, and begin with the same fields").
 fn error(chunk: &Chunk, payload: &[u8]) -> Option<ReplyEvent> {
     let mut reader = Reader::new(payload);
     let error = NbdError::from_code(reader.u32()?);

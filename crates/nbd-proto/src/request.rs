@@ -31,8 +31,8 @@ impl Request {
 /// What to do, with `offset + len` inside the export and only flags that belong to the command.
 ///
 /// `len` may be zero, in which case there is nothing to do but to reply (never for
-/// [`Command::BlockStatus`]). [`CommandFlags::FUA`] is accepted on every command and not shown here:
-/// this server replies to no command before its effect is durable.
+/// [`Command::BlockStatus`]). [`CommandFlags::FUA`] is accepted on every command and not shown
+/// here: this server replies to no command before its effect is durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
     /// `NBD_CMD_READ`, at most
@@ -69,7 +69,8 @@ pub enum Command {
         /// Bytes.
         len: u64,
     },
-    /// `NBD_CMD_WRITE_ZEROES`, of any length. `FAST_ZERO` is not shown: zeroing is always fast here.
+    /// `NBD_CMD_WRITE_ZEROES`, of any length. `FAST_ZERO` is not shown: zeroing is always fast
+    /// here.
     WriteZeroes {
         /// First byte.
         offset: u64,

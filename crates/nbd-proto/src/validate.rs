@@ -14,8 +14,8 @@
 //!
 //! `NBD_EOVERFLOW` for a read is what the document provides for "a command without payload
 //! requests a length larger than an advertised maximum payload length" ("Error values").
-//! `NBD_ENOTSUP` never appears, since zeroing is always fast. An empty block status is refused because its answer needs an extent, and
-//! extents are not empty.
+//! `NBD_ENOTSUP` never appears, since zeroing is always fast. An empty block status is refused
+//! because its answer needs an extent, and extents are not empty.
 
 use crate::constants::CommandFlags;
 use crate::error::NbdError;
@@ -45,9 +45,9 @@ impl Rules {
     /// Payload bytes that follow `header`: a write always has some, with extended headers also
     /// whatever carries the payload flag.
     ///
-    /// The document demands the flag on extended writes, but qemu's client (10.0) leaves it out, and
-    /// its payload follows all the same. Nobody sends a write without a payload, so a missing flag is
-    /// forgiven, as qemu's server does.
+    /// The document demands the flag on extended writes, but qemu's client (10.0) leaves it out,
+    /// and its payload follows all the same. Nobody sends a write without a payload, so a missing
+    /// flag is forgiven, as qemu's server does.
     pub(crate) fn payload_len(&self, header: &RequestHeader) -> u64 {
         let flagged = self.replies == ReplyStyle::Extended
             && header.flags.contains(CommandFlags::PAYLOAD_LEN);

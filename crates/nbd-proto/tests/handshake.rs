@@ -1,4 +1,5 @@
-//! The handshake: our client against our server, every order of options, hostile options, and limits.
+//! The handshake: our client against our server, every order of options, hostile options, and
+//! limits.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it stands")]
 

@@ -12,7 +12,8 @@ use nbd_proto::{
     ReplyEvent, ReplyStyle, RequestDecoder, RequestHeader, ServerHandshake,
 };
 
-/// The most address space this process has had, in bytes: counts what was asked for, touched or not.
+/// The most address space this process has had, in bytes: counts what was asked for, touched or
+/// not.
 fn address_space_peak() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmPeak:")).unwrap();

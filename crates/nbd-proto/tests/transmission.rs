@@ -1,4 +1,5 @@
-//! Requests and replies: validation, payloads, truncation, limits, and what properties hold for all.
+//! Requests and replies: validation, payloads, truncation, limits, and what properties hold for
+//! all.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails where it stands")]
 
@@ -636,7 +637,10 @@ proptest! {
     }
 
     #[test]
-    fn a_cut_request_stream_yields_a_prefix(requests in any_requests(), cut in any::<prop::sample::Index>()) {
+    fn a_cut_request_stream_yields_a_prefix(
+        requests in any_requests(),
+        cut in any::<prop::sample::Index>(),
+    ) {
         let stream = encode_all(&requests);
         let (all, _) = decode_all(requests.0, &stream, stream.len());
         let cut = cut.index(stream.len());
@@ -651,7 +655,8 @@ proptest! {
     #[test]
     fn headers_round_trip(flags: u16, command: u16, cookie: u64, offset: u64, length: u64) {
         for replies in STYLES {
-            let length = if replies == ReplyStyle::Extended { length } else { length & 0xffff_ffff };
+            let is_long = replies == ReplyStyle::Extended;
+            let length = if is_long { length } else { length & 0xffff_ffff };
             let flags = CommandFlags::from_bits(flags);
             let header = RequestHeader { flags, command, cookie, offset, length };
             let mut out = BytesMut::new();

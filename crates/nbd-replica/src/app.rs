@@ -9,11 +9,11 @@
 //!  group tasks        their keeper is dropped (after the     drop their handles on the log thread
 //!                     above have drained), or failure
 //!  log thread         the last group task has ended          all that was proposed is durable
-//!  checkpoint thread  told to stop, after the log thread     everything is home; the lock is released
+//!  checkpoint thread  told to stop, after the log thread     all is home; the lock is released
 //! ```
 //!
-//! A failure of the disk ends the group tasks at once; [`Replica::failed`] then tells the process to
-//! stop.
+//! A failure of the disk ends the group tasks at once; [`Replica::failed`] then tells the process
+//! to stop.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -109,8 +109,8 @@ pub enum StartError {
 }
 
 impl Replica {
-    /// Binds the sockets, recovers the data directory, and starts serving. Returns once every group is
-    /// started; `/readyz` tells when they can be written to.
+    /// Binds the sockets, recovers the data directory, and starts serving. Returns once every group
+    /// is started; `/readyz` tells when they can be written to.
     ///
     /// # Errors
     /// See [`StartError`]. Nothing is left running.
@@ -215,7 +215,8 @@ impl Replica {
         self.failure.wait().await
     }
 
-    /// Stops: finishes what is under way, within the configured deadline, and takes a last checkpoint.
+    /// Stops: finishes what is under way, within the configured deadline, and takes a last
+    /// checkpoint.
     pub async fn stop(self) {
         self.readiness.drain();
         if let Err(late) = self.shutdown.drain(self.shutdown_deadline).await {
@@ -284,7 +285,8 @@ async fn open_store(config: &Config) -> Result<NodeStore, StartError> {
     }
 }
 
-/// Memory for chunk metadata that was read from disk: room for about 300,000 chunks, 18 GiB of data.
+/// Memory for chunk metadata that was read from disk: room for about 300,000 chunks, 18 GiB of
+/// data.
 const META_CACHE_BYTES: usize = 32 << 20;
 
 fn open_blocking(path: &Path, options: StoreOptions) -> Result<NodeStore, StartError> {

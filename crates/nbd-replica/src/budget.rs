@@ -1,8 +1,8 @@
 //! The process's budget of request bytes.
 //!
-//! A permit is taken before a payload or read buffer is allocated and released with the reply. Small
-//! and large requests draw on budgets of their own, so that slow clients in the middle of large
-//! payloads cannot take the room that small requests live on.
+//! A permit is taken before a payload or read buffer is allocated and released with the reply.
+//! Small and large requests draw on budgets of their own, so that slow clients in the middle of
+//! large payloads cannot take the room that small requests live on.
 
 use std::sync::Arc;
 

@@ -1,9 +1,9 @@
-//! The checkpoint thread: moves data from the log to its home, keeps a prefilled log segment at hand,
-//! and refreshes the view of free space.
+//! The checkpoint thread: moves data from the log to its home, keeps a prefilled log segment at
+//! hand, and refreshes the view of free space.
 //!
 //! It runs a checkpoint when enough log has gathered, when dirty data has waited for
-//! [`DIRTY_AGE_MAX`], when somebody needs one (the log is full, a write looks for room, shutdown), and
-//! otherwise sleeps.
+//! [`DIRTY_AGE_MAX`], when somebody needs one (the log is full, a write looks for room, shutdown),
+//! and otherwise sleeps.
 
 use std::sync::Arc;
 use std::thread;
@@ -19,8 +19,8 @@ use crate::failure::Failure;
 use crate::group_task::GroupHandle;
 use crate::metrics::CheckpointMetrics;
 
-/// Longest time that data stays only in the log while nothing else asks for a checkpoint. Bounds the
-/// replay after a crash of a lightly used node.
+/// Longest time that data stays only in the log while nothing else asks for a checkpoint. Bounds
+/// the replay after a crash of a lightly used node.
 const DIRTY_AGE_MAX: Duration = Duration::from_secs(30);
 
 /// Time between looks at the log's fill and the disk's free space.

@@ -66,7 +66,8 @@ pub struct Tuning {
     #[arg(long, env = "NBD_CHECKPOINT_LOG_BYTES", default_value = "256MiB", value_name = "SIZE")]
     pub checkpoint_log_bytes: ByteSize,
 
-    /// Room on the file system that is left alone: writes to new places are refused before it is used.
+    /// Room on the file system that is left alone: writes to new places are refused before it is
+    /// used.
     #[arg(long, env = "NBD_SPACE_RESERVE", default_value = "256MiB", value_name = "SIZE")]
     pub space_reserve: ByteSize,
 

@@ -1,7 +1,7 @@
 //! The one way in which a node stops by itself: its disk cannot be trusted any more.
 //!
-//! A failed write or sync is never retried. The first failure is kept, every part of the node can see
-//! it, and the process ends with it, so that nothing is served from a disk in doubt.
+//! A failed write or sync is never retried. The first failure is kept, every part of the node can
+//! see it, and the process ends with it, so that nothing is served from a disk in doubt.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! The task that owns one shard's group: it steps the consensus, hands log writes to the log thread,
-//! applies what is committed, and answers the proposers.
+//! The task that owns one shard's group: it steps the consensus, hands log writes to the log
+//! thread, applies what is committed, and answers the proposers.
 //!
 //! ```text
 //!  sessions, health ──Mutate──▶ ┌────────────┐ ──AppendJob──▶ log thread
@@ -37,7 +37,8 @@ use crate::nbd::Completion;
 /// Requests taken from the mailbox in one turn.
 const TURN_REQUESTS_MAX: usize = 256;
 
-/// Acknowledgements of log writes that may wait for the task; the log thread waits when there are more.
+/// Acknowledgements of log writes that may wait for the task; the log thread waits when there are
+/// more.
 const PERSISTED_MAX: usize = 64;
 
 /// Whom to tell the outcome of a command.
@@ -382,8 +383,8 @@ impl GroupTask {
         }
     }
 
-    /// Makes the group's state known, and ends the sessions that a restart cut off once this replica
-    /// serves.
+    /// Makes the group's state known, and ends the sessions that a restart cut off once this
+    /// replica serves.
     fn publish(&mut self) {
         let before = self.status.borrow().clone();
         let now = status_of(&self.group);

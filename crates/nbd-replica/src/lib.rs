@@ -1,9 +1,9 @@
-//! The replica service: serves the volumes of a node's shards over NBD, orders mutations through each
-//! shard's Raft group, and keeps them on disk.
+//! The replica service: serves the volumes of a node's shards over NBD, orders mutations through
+//! each shard's Raft group, and keeps them on disk.
 //!
-//! It knows sockets, tasks and threads; it does not know the bytes of the NBD protocol (`nbd-proto`),
-//! of the log (`nbd-log`) or of the store (`nbd-store`), nor how consensus is reached
-//! (`nbd-consensus`). In the order of a write's life:
+//! It knows sockets, tasks and threads; it does not know the bytes of the NBD protocol
+//! (`nbd-proto`), of the log (`nbd-log`) or of the store (`nbd-store`), nor how consensus is
+//! reached (`nbd-consensus`). In the order of a write's life:
 //!
 //! ```text
 //!  client ─▶ nbd::listener ─▶ nbd::attach ─▶ nbd::session ─▶ group_task ─▶ log_thread ─▶ disk

@@ -1,10 +1,10 @@
-//! The log thread: the only writer of the node's log and, with the checkpointer, the only place that
-//! waits for the disk.
+//! The log thread: the only writer of the node's log and, with the checkpointer, the only place
+//! that waits for the disk.
 //!
-//! It drains its queue, joins what it finds into one durable write for all groups (group commit), and
-//! tells each group what is now persisted. While the log fills faster than checkpoints empty it, the
-//! thread adds a pause that grows with the fill, so that writers slow down smoothly and never stop
-//! short.
+//! It drains its queue, joins what it finds into one durable write for all groups (group commit),
+//! and tells each group what is now persisted. While the log fills faster than checkpoints empty
+//! it, the thread adds a pause that grows with the fill, so that writers slow down smoothly and
+//! never stop short.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};

@@ -4,7 +4,8 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::str::FromStr;
 
-/// One hash slot of the cluster, served by one Raft group. Ranges from 0 to the shard count less one.
+/// One hash slot of the cluster, served by one Raft group. Ranges from 0 to the shard count less
+/// one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ShardId(pub u32);
 

@@ -5,8 +5,8 @@ use std::num::NonZeroU32;
 use crate::ids::{NodeName, ShardId};
 use crate::placement::shard_of;
 
-/// Shards in a cluster. The count is fixed when the cluster is created, so the bound leaves far more
-/// than the 64 advised for growth, while a list of all shards stays small.
+/// Shards in a cluster. The count is fixed when the cluster is created, so the bound leaves far
+/// more than the 64 advised for growth, while a list of all shards stays small.
 pub const SHARDS_MAX: usize = 65_536;
 
 /// Replicas of one shard. A majority of 7 survives three losses; each further replica costs every

@@ -115,7 +115,7 @@ Cinderblock is up: 1 shard, 1 replica. Data in {data_dir}.
 
 Attach a volume (any name; the first attach creates it):
   nbd-client {host} {port} /dev/nbd0 -name vol1
-  qemu-system-x86_64 ... -drive driver=raw,file.driver=nbd,file.host={host},file.port={port},file.export=vol1
+  qemu-system-x86_64 ... -drive format=raw,file=nbd://{nbd}/vol1
   nbdinfo nbd://{nbd}/vol1
 
 Health:   curl http://{http}/health

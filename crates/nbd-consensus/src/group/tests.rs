@@ -1,5 +1,5 @@
-//! Exact effects, rule by rule. All groups here have one voter unless a test says otherwise; several
-//! replicas together are in `tests/three_replicas.rs`.
+//! Exact effects, rule by rule. All groups here have one voter unless a test says otherwise;
+//! several replicas together are in `tests/three_replicas.rs`.
 
 use super::*;
 use crate::effect::Role;

@@ -42,8 +42,8 @@ pub trait Disk: Send + Sync + Debug + 'static {
     /// Bytes that an unprivileged writer can still use.
     fn space_available(&self) -> io::Result<u64>;
 
-    /// Takes the exclusive lock of this name without waiting; held until the guard is dropped or the
-    /// process ends. `WouldBlock` if somebody else holds it.
+    /// Takes the exclusive lock of this name without waiting; held until the guard is dropped or
+    /// the process ends. `WouldBlock` if somebody else holds it.
     fn lock(&self, name: &str) -> io::Result<Box<dyn DiskLock>>;
 
     /// The full path, for messages only.

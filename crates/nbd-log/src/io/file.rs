@@ -16,10 +16,10 @@ use crate::limits::{
 
 /// A data directory on a real file system.
 ///
-/// Durable and batched writes go around the page cache (`O_DIRECT`, with `RWF_DSYNC` where they must
-/// last), which takes half the CPU of writing through it and leaves nothing for write-back to stall
-/// on. Where the file system refuses that, writes go through the cache and `fdatasync`; the first
-/// refusal is logged and holds for the whole directory.
+/// Durable and batched writes go around the page cache (`O_DIRECT`, with `RWF_DSYNC` where they
+/// must last), which takes half the CPU of writing through it and leaves nothing for write-back to
+/// stall on. Where the file system refuses that, writes go through the cache and `fdatasync`; the
+/// first refusal is logged and holds for the whole directory.
 #[derive(Debug)]
 pub struct FileDisk {
     dir: PathBuf,

@@ -5,8 +5,8 @@
 //! found after power was lost: the durable image plus any part of what was still under way. All of
 //! it is decided by seeds, so that a failing run can be repeated.
 //!
-//! Faults are placed by *sync points*: the calls of `sync`, `sync_dir` and `write_durable_at` of one
-//! disk, counted from 1 in the order in which they happen.
+//! Faults are placed by *sync points*: the calls of `sync`, `sync_dir` and `write_durable_at` of
+//! one disk, counted from 1 in the order in which they happen.
 
 mod image;
 mod names;

@@ -54,8 +54,8 @@ pub enum AppendError {
         /// The largest possible.
         max: usize,
     },
-    /// A write failed; some of the records may be on disk and may be found by the next recovery. The
-    /// writer is of no further use.
+    /// A write failed; some of the records may be on disk and may be found by the next recovery.
+    /// The writer is of no further use.
     #[error("cannot write log file {file}")]
     Write {
         /// Name of the segment file.

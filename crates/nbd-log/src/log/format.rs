@@ -42,7 +42,8 @@
 //! 24  u64  entry: bytes of data; hard state: commit index
 //! ```
 //!
-//! **What makes a batch valid**: both magics and checksums, and that nonce, segment, number and block
+//! **What makes a batch valid**: both magics and checksums, and that nonce, segment, number and
+//!  block
 //! are exactly those expected at its place. So bytes of an earlier use of the file are never taken
 //! for new, and no payload can pass for a batch: it would have to hold a nonce that its writer
 //! cannot know, or a batch number that was not yet given when it was written.
@@ -248,7 +249,8 @@ impl Record<'_> {
         }
     }
 
-    /// Appends the record, and returns the offset in `buf` of an entry's data, or else of the record.
+    /// Appends the record, and returns the offset in `buf` of an entry's data, or else of the
+    /// record.
     pub(super) fn encode(&self, buf: &mut AlignedBuf) -> usize {
         let start = buf.len();
         let (kind, shard, fields) = match self {

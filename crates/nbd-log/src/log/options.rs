@@ -9,8 +9,8 @@ use crate::limits::{
 /// Sizes of a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogOptions {
-    /// Size of a segment file. Fixed for the life of a data directory. Default 64 MiB; a multiple of
-    /// 4096, from [`SEGMENT_BYTES_MIN`] to [`SEGMENT_BYTES_MAX`].
+    /// Size of a segment file. Fixed for the life of a data directory. Default 64 MiB; a multiple
+    /// of 4096, from [`SEGMENT_BYTES_MIN`] to [`SEGMENT_BYTES_MAX`].
     pub segment_bytes: u64,
     /// Most bytes that segment files may take, spares included. At least [`SEGMENTS_MIN`] segments.
     /// A lower value than before does not remove files that are there already.

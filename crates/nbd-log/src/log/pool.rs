@@ -92,7 +92,8 @@ struct State {
     /// Token of the present epoch.
     epoch: Arc<()>,
     /// Files that exist or are being made. Bounded by the log's size, except that files found at
-    /// opening are kept. Equals live + waiting + spares + those being made or in the writer's hands.
+    /// opening are kept. Equals live + waiting + spares + those being made or in the writer's
+    /// hands.
     files: u64,
     /// Number that no file has yet.
     next_file: u64,
@@ -120,8 +121,8 @@ impl SegmentPool {
     }
 
     /// Makes sure that the writer finds a spare segment, unless the log is at its bound: prefills
-    /// one if there is none. Takes as long as writing a segment; meant for a background thread, often.
-    /// Returns true if it made one.
+    /// one if there is none. Takes as long as writing a segment; meant for a background thread,
+    /// often. Returns true if it made one.
     ///
     /// An error leaves the log as it was; `StorageFull` is worth a retry, others are not.
     pub fn prepare_spare(&self) -> io::Result<bool> {
@@ -143,8 +144,8 @@ impl SegmentPool {
     /// recovery may not find them here.
     ///
     /// Nothing here tells which segments hold hard states newer than a [`SegmentPool::hard_states`]
-    /// of a while ago. A caller keeps those by leaving uncovered an entry that was written before it
-    /// asked: the segment of that entry stays, and all after it.
+    /// of a while ago. A caller keeps those by leaving uncovered an entry that was written before
+    /// it asked: the segment of that entry stays, and all after it.
     pub fn free_through(&self, covered: &BTreeMap<ShardId, LogIndex>) -> usize {
         let mut state = self.state.lock();
         let is_free = |segment: &Segment| {
@@ -303,9 +304,9 @@ impl SegmentPool {
         }
     }
 
-    /// Writes a whole segment of zeroes: the first real write to a block that is only reserved would
-    /// pay for a change of metadata, twice the time of a plain overwrite. The name that counts comes
-    /// last, so that a file of that name is always complete.
+    /// Writes a whole segment of zeroes: the first real write to a block that is only reserved
+    /// would pay for a change of metadata, twice the time of a plain overwrite. The name that
+    /// counts comes last, so that a file of that name is always complete.
     fn create_file(&self, unfinished: &str, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         let file = self.disk.open(unfinished, OpenMode::CreateNew)?;
         let size = self.options.segment_bytes;

@@ -34,8 +34,8 @@ impl LogReader {
         self.cache.get(position, len)
     }
 
-    /// Fills `buf` from `position`; may block on the disk. The bytes are as the disk gave them: only
-    /// the caller knows their checksum.
+    /// Fills `buf` from `position`; may block on the disk. The bytes are as the disk gave them:
+    /// only the caller knows their checksum.
     pub fn read(&self, position: LogPosition, buf: &mut [u8]) -> Result<(), LogReadError> {
         if self.copy_cached(position, buf) {
             return Ok(());

@@ -3,12 +3,13 @@
 //! 1. Every segment file is synced, then its header read. The highest sequence number is the newest
 //!    segment; it and its batches name the oldest live one. All between must be there.
 //! 2. Live segments are read in order, batch by batch, each with the number expected next.
-//! 3. In a sealed segment the first batch that fails its checks is its end: the next segment's header
-//!    says with which number to go on, and a different one is damage.
-//! 4. In the newest segment the first batch that fails its checks is the log's end, *unless* a header
-//!    behind it says that it was written when the failed one was already durable. That is damage.
-//! 5. What was written last is written once more. A process may have died, or failed, with it in the
-//!    page cache only; a sync cannot be trusted to say so twice.
+//! 3. In a sealed segment the first batch that fails its checks is its end: the next segment's
+//!    header says with which number to go on, and a different one is damage.
+//! 4. In the newest segment the first batch that fails its checks is the log's end, *unless* a
+//!    header behind it says that it was written when the failed one was already durable. That is
+//!    damage.
+//! 5. What was written last is written once more. A process may have died, or failed, with it in
+//!    the page cache only; a sync cannot be trusted to say so twice.
 //!
 //! Since one batch is in flight at a time, nothing that recovery cuts off was acknowledged. (A bit
 //! that rots in the very last batch looks like a torn write and is cut: nothing can tell.)
@@ -37,8 +38,8 @@ use scan::{Batch, SegmentScan};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
-/// Highest log position taken for real, far from overflow whatever a file says: a century of writing
-/// at a gigabyte a second.
+/// Highest log position taken for real, far from overflow whatever a file says: a century of
+/// writing at a gigabyte a second.
 const POSITION_MAX: u64 = 1 << 62;
 
 /// Highest batch number taken for real.
@@ -110,8 +111,8 @@ impl Log {
     }
 }
 
-/// Opens and syncs every segment file and reads its header. Returns them with the lowest file number
-/// above all of them.
+/// Opens and syncs every segment file and reads its header. Returns them with the lowest file
+/// number above all of them.
 fn find_segments(
     disk: &dyn Disk,
     identity: LogIdentity,
@@ -230,8 +231,8 @@ fn sort_out(found: Vec<Found>) -> Result<(Vec<Live>, Vec<Spare>), LogOpenError> 
                 }
             }
             (None, of) => {
-                // A header is durable before the first batch: a batch of a segment that has no header
-                // anywhere means that the header was lost afterwards.
+                // A header is durable before the first batch: a batch of a segment that has no
+                // header anywhere means that the header was lost afterwards.
                 if let Some(seq) = of.filter(|&seq| newest.is_none_or(|newest| seq > newest)) {
                     let expected = Finding::Segment(seq);
                     return Err(damaged(&name, 0, expected, Finding::BadSegmentHeader));

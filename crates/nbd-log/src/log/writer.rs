@@ -75,8 +75,8 @@ impl LogWriter {
         Self { pool, cache, rng, identity, active, next_batch, recorded_oldest, staging, failed }
     }
 
-    /// Appends the records in order and returns once they are on stable storage: for each an entry's
-    /// data position, or the record's own for a hard state.
+    /// Appends the records in order and returns once they are on stable storage: for each an
+    /// entry's data position, or the record's own for a hard state.
     ///
     /// One call is one device write unless the records pass [`BATCH_BYTES_MAX`] or the end of the
     /// segment; then a crash may keep the first of them and lose the rest. After
@@ -99,8 +99,8 @@ impl LogWriter {
         Ok(positions)
     }
 
-    /// Cuts the records into batches, each within [`BATCH_BYTES_MAX`] and within its segment, filling
-    /// the active segment first. Touches nothing, so that it can still be refused.
+    /// Cuts the records into batches, each within [`BATCH_BYTES_MAX`] and within its segment,
+    /// filling the active segment first. Touches nothing, so that it can still be refused.
     fn plan(&self, records: &[Record<'_>]) -> Result<Vec<PlannedBatch>, AppendError> {
         let size = self.pool.segment_bytes();
         // The last block is kept for a closing batch.

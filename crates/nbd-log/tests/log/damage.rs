@@ -49,7 +49,8 @@ fn expect_damage(disk: &MemoryDisk) -> (String, u64, Finding, Finding) {
     }
 }
 
-// Goal: a batch that others were written after is damage wherever it is hit, named by file and byte.
+// Goal: a batch that others were written after is damage wherever it is hit, named by file and
+// byte.
 #[test]
 fn a_flipped_bit_in_the_middle_is_damage() {
     let (disk, _, positions) = three_segments();

@@ -115,12 +115,15 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 60, failure_persistence: None, ..Default::default()
+    })]
 
     #[test]
     fn the_log_is_what_was_appended(steps in steps()) {
         let disk = MemoryDisk::new(0);
-        let options = LogOptions { log_bytes_max: 4 * SEGMENT, cache_bytes_max: 200_000, ..OPTIONS };
+        let (log_bytes_max, cache_bytes_max) = (4 * SEGMENT, 200_000);
+        let options = LogOptions { log_bytes_max, cache_bytes_max, ..OPTIONS };
         let log = open_with(Arc::new(disk.clone()), options, 999).unwrap();
         let mut model =
             Model { disk, options, log, written: Vec::new(), freeable: 0, pins: Vec::new() };

@@ -28,8 +28,8 @@ pub struct ClientWish {
     pub export: ExportName,
     /// Where the handshake leads.
     pub goal: ClientGoal,
-    /// The richest replies to ask for. With [`ClientGoal::ExportName`] extended counts as structured,
-    /// since the document keeps the two apart.
+    /// The richest replies to ask for. With [`ClientGoal::ExportName`] extended counts as
+    /// structured, since the document keeps the two apart.
     pub replies: ReplyStyle,
     /// Select `base:allocation`.
     pub allocation_context: bool,

@@ -9,8 +9,8 @@
 //!
 //! Choices the document leaves open:
 //!
-//! - `NBD_INFO_BLOCK_SIZE` is sent only when asked for: ours are the document's defaults, so a client
-//!   that does not ask keeps to them anyway.
+//! - `NBD_INFO_BLOCK_SIZE` is sent only when asked for: ours are the document's defaults, so a
+//!   client that does not ask keeps to them anyway.
 //! - `NBD_OPT_STRUCTURED_REPLY` and `NBD_OPT_EXTENDED_HEADERS` may be repeated.
 //! - Both metadata options are refused until replies are structured, as qemu and nbdkit do.
 //! - A query without a colon is taken for one of an unknown namespace, and ignored.
@@ -40,8 +40,8 @@ use crate::wire::Reader;
 /// The order of calls: send [`take_output`](Self::take_output) (the greeting is in it), then loop:
 /// read from the client, call [`receive`](Self::receive); on an event answer it
 /// ([`answer_export`](Self::answer_export), [`answer_list`](Self::answer_list) or
-/// [`refuse_list`](Self::refuse_list)), send the output, and call `receive` again before reading on.
-/// Send the output before closing, too. The handshake is over when `answer_export` returns
+/// [`refuse_list`](Self::refuse_list)), send the output, and call `receive` again before reading
+/// on. Send the output before closing, too. The handshake is over when `answer_export` returns
 /// [`Negotiated`], when [`HandshakeEvent::Aborted`] comes, or when `receive` fails.
 ///
 /// Memory: `input` never needs to hold more than an option of

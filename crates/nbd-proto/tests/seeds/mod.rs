@@ -1,5 +1,6 @@
-//! The fuzzers' committed corpus, built from the crate's own encoders: one named conversation a file.
-//! The first bytes of each steer the entry (see `nbd_proto::fuzzing`), the rest is the stream.
+//! The fuzzers' committed corpus, built from the crate's own encoders: one named conversation a
+//! file. The first bytes of each steer the entry (see `nbd_proto::fuzzing`), the rest is the
+//! stream.
 
 use bytes::{BufMut, BytesMut};
 use nbd_proto::constants::{ALLOCATION_CONTEXT_ID, CommandFlags, command, option, option_reply};

@@ -1,5 +1,5 @@
-//! From connection to attached session: carries the handshake, finds or creates the volume, and opens
-//! the session in the shard's log.
+//! From connection to attached session: carries the handshake, finds or creates the volume, and
+//! opens the session in the shard's log.
 
 use std::io;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ use super::session::{self, Attached};
 use crate::group_task::{GroupHandle, GroupStopped, Reply};
 use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES};
 
-/// Longest name that an attach may create a volume under. The protocol advises clients to stay within
-/// it; existing volumes are served under any name they have.
+/// Longest name that an attach may create a volume under. The protocol advises clients to stay
+/// within it; existing volumes are served under any name they have.
 const CREATED_NAME_BYTES_MAX: usize = 256;
 
 /// Epoch of a session that was never resumed.

@@ -53,9 +53,9 @@ impl Pending {
 pub(crate) struct InFlight {
     slots: Vec<Option<Pending>>,
     free: Vec<usize>,
-    /// First sequence numbers of the mutations under way. The distance from the smallest to the next
-    /// one to be given stays within the session's result window, so that the state machine always
-    /// knows a new mutation from a repeated one.
+    /// First sequence numbers of the mutations under way. The distance from the smallest to the
+    /// next one to be given stays within the session's result window, so that the state machine
+    /// always knows a new mutation from a repeated one.
     seqs: BTreeSet<u64>,
 }
 
@@ -144,8 +144,9 @@ mod tests {
         assert!(table.is_empty());
     }
 
-    /// A mutation that waits (for room on the disk, say) must not fall out of the window in which the
-    /// state machine can tell it from a repeated one: it would be answered without taking effect.
+    /// A mutation that waits (for room on the disk, say) must not fall out of the window in which
+    /// the state machine can tell it from a repeated one: it would be answered without taking
+    /// effect.
     #[test]
     fn a_waiting_mutation_holds_back_those_a_window_later() {
         let mut table = InFlight::default();

@@ -44,8 +44,8 @@ pub(crate) struct Node {
     pub(crate) metrics: NbdMetrics,
 }
 
-/// Something a session asked for has come to an end. `token` is the request's place in the session's
-/// table.
+/// Something a session asked for has come to an end. `token` is the request's place in the
+/// session's table.
 #[derive(Debug)]
 pub(crate) enum Completion {
     /// A command was applied.

@@ -1,7 +1,8 @@
 //! The transmission phase of one connection: requests in, proposals and reads out, replies back as
 //! they complete.
 //!
-//! One task does it all, so that a request costs no hand-off between tasks beyond the one to the group:
+//! One task does it all, so that a request costs no hand-off between tasks beyond the one to the
+//! group:
 //!
 //! ```text
 //!            ┌──────────────────── session task ───────────────────┐
@@ -14,10 +15,11 @@
 //!                              └──────────────────────────┘
 //! ```
 //!
-//! The task stops reading its socket while it has [`REQUESTS_IN_FLIGHT_MAX`] requests under way, while
-//! the process's byte budget is used up, or while its client leaves replies unread; nothing else
-//! waits for that. It ends when the client leaves, breaks the protocol or stalls, or when the node
-//! shuts down; requests already received are carried out and, as long as the socket lives, answered.
+//! The task stops reading its socket while it has [`REQUESTS_IN_FLIGHT_MAX`] requests under way,
+//! while the process's byte budget is used up, or while its client leaves replies unread; nothing
+//! else waits for that. It ends when the client leaves, breaks the protocol or stalls, or when the
+//! node shuts down; requests already received are carried out and, as long as the socket lives,
+//! answered.
 //!
 //! [`REQUESTS_IN_FLIGHT_MAX`]: crate::limits::REQUESTS_IN_FLIGHT_MAX
 
@@ -286,7 +288,8 @@ impl Session {
         }
     }
 
-    /// Decodes and starts requests from what was received. `true` if there may be more to do at once.
+    /// Decodes and starts requests from what was received. `true` if there may be more to do at
+    /// once.
     async fn take_input(&mut self) -> Result<bool, SessionEnd> {
         for _ in 0..TURN_REQUESTS_MAX {
             match &mut self.stage {
@@ -383,8 +386,8 @@ impl Session {
             (Command::BlockStatus { offset, len, req_one }, _) if len > 0 => {
                 self.begin_status(to, offset, len, req_one);
             }
-            // Every reply that was sent is durable already, there is no cache to warm, and a request
-            // of no bytes has nothing to do.
+            // Every reply that was sent is durable already, there is no cache to warm, and a
+            // request of no bytes has nothing to do.
             (command, _) => self.done(to, command.kind(), 0, since),
         }
         Ok(())

@@ -60,8 +60,8 @@ impl Writer {
         format!("crash-{}", self.number)
     }
 
-    /// Writes until told to stop and cut off, and gives the number of acknowledged changes. Ranges of
-    /// requests under way never overlap: what an overlap leaves is not defined.
+    /// Writes until told to stop and cut off, and gives the number of acknowledged changes. Ranges
+    /// of requests under way never overlap: what an overlap leaves is not defined.
     pub(crate) fn run(&mut self, mut client: NbdClient, stop: &AtomicBool) -> u64 {
         let mut under_way: HashMap<u64, Change> = HashMap::new();
         let mut acknowledged = 0;

@@ -61,7 +61,8 @@ impl Session {
     fn read_inline(&mut self, to: ReplyTo, plan: &mut ReadPlan, holes: bool) -> bool {
         self.scratch.resize(plan.len(), 0);
         let mut bytes = std::mem::take(&mut self.scratch);
-        // A block that does not match its checksum is read again, by the book, on the blocking pool.
+        // A block that does not match its checksum is read again, by the book, on the blocking
+        // pool.
         let done = matches!(plan.try_read_cached(&mut bytes), Ok(true));
         if done {
             self.send_runs(to, &runs(plan, holes), |output, run| {

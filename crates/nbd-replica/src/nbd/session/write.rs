@@ -18,7 +18,8 @@ use crate::group_task::{GroupStopped, Reply};
 use crate::limits::SPACE_ATTEMPTS_MAX;
 use tracing::error;
 
-/// Payload bytes from which on the rest is read from the socket straight into the mutation's buffer.
+/// Payload bytes from which on the rest is read from the socket straight into the mutation's
+/// buffer.
 pub(super) const DIRECT_READ_BYTES_MIN: usize = 16 << 10;
 
 /// A write whose payload is arriving. Nothing is proposed before its last byte is here.
