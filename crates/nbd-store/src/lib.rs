@@ -15,7 +15,7 @@
 //! - [`node`]: [`NodeStore::open`], recovery included; [`identity`]: whose directory it is.
 //! - [`command`]: what an entry's data says; [`outcome`]: what came of it.
 //! - `overlay`: what changed since the last checkpoint.
-//! - [`shard`]: the state machine, [`ShardWriter`], [`ShardReader`], [`ReadPlan`].
+//! - `shard`: the state machine, [`ShardWriter`], [`ShardReader`], [`ReadPlan`].
 //! - `chunk`: chunks at home: the metadata database, slots.
 //! - [`checkpoint`]: bringing changes home, and the rules that make it safe.
 //! - [`space`]: whether there is room for a mutation.
@@ -37,7 +37,7 @@ pub mod node;
 pub mod outcome;
 mod overlay;
 pub mod recovery;
-pub mod shard;
+mod shard;
 pub mod space;
 
 pub use checkpoint::{CheckpointError, CheckpointGauge, CheckpointReport, Checkpointer};

@@ -17,6 +17,9 @@ pub const MUTATION_BYTES_MAX: u64 = 1024 * 1024;
 /// one.
 pub const FRAGMENTS_MAX: u64 = MUTATION_BYTES_MAX / BLOCK_BYTES + 1;
 
+/// Longest range that one read plan covers, in bytes: a plan takes 24 bytes of memory a block.
+pub const READ_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
 /// Smallest volume, in bytes.
 pub const VOLUME_BYTES_MIN: u64 = BLOCK_BYTES;
 

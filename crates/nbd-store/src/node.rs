@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use nbd_log::io::{Disk, DiskLock, OpenMode};
 use nbd_log::log::{
-    Log, LogOpenError, LogOptions, LogPosition, LogReadError, LogReader, LogWriter, ScannedRecord,
-    SegmentPool,
+    HardState, Log, LogOpenError, LogOptions, LogPosition, LogReadError, LogReader, LogWriter,
+    ScannedRecord, SegmentPool,
 };
 use nbd_topology::{ClusterName, NodeName, ShardId};
 use parking_lot::RwLock;
@@ -25,7 +25,7 @@ use rand::rngs::StdRng;
 
 use crate::checkpoint::{Checkpointer, CheckpointerParts};
 use crate::chunk::Base;
-use crate::chunk::database::{Contents, Database, MetadataError};
+use crate::chunk::database::{self, Contents, Database, MetadataError};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
 use crate::dirty::DirtyLog;
@@ -183,8 +183,9 @@ impl NodeStore {
         let mut rng = StdRng::from_seed(options.rng_seed);
         let StoreOptions { cluster, node, segment_bytes, .. } = &options;
         let identity = Identity::open(&*disk, cluster, node, *segment_bytes, &mut rng)?;
-        let home = Home::open(&disk, &wanted, options.meta_cache_bytes)?;
+        let mut home = Home::open(&disk, &wanted, options.meta_cache_bytes)?;
         let (log, mut scans, end) = open_log(&disk, &options, &identity, rng, &home.records)?;
+        home.settle(&scans, &log.segments)?;
 
         let Log { writer: log, reader: log_reader, segments } = log;
         let space =
@@ -278,6 +279,37 @@ impl Home {
         let base = Arc::new(Base::new(database, data, cache_bytes));
         let records = contents.shards.iter().copied().collect();
         Ok(Self { base, records, metadata: metadata_of(contents)?, slots })
+    }
+}
+
+impl Home {
+    /// Takes over the votes found in the log, and frees what an earlier run had no time to free: were
+    /// the log full of it, nothing could be appended, and no checkpoint would have a reason to run.
+    fn settle(
+        &mut self,
+        scans: &BTreeMap<ShardId, ShardScan>,
+        segments: &SegmentPool,
+    ) -> Result<(), OpenError> {
+        let txn = self.base.database().write()?;
+        let mut any_changed = false;
+        for (&shard, record) in &mut self.records {
+            // Not the commit: it may only say what this directory is known to have applied.
+            let HardState { term, vote, .. } = scans[&shard].hard_state()?;
+            let known = record.hard_state;
+            record.hard_state = HardState { term, vote, ..known };
+            if record.hard_state != known {
+                database::put_shard(&txn, shard, record)?;
+                any_changed = true;
+            }
+        }
+        if any_changed {
+            txn.commit().map_err(MetadataError::from)?;
+        } else {
+            txn.abort().map_err(MetadataError::from)?;
+        }
+        let covered = self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
+        segments.free_through(&covered);
+        Ok(())
     }
 }
 

@@ -124,7 +124,7 @@ impl ShardScan {
     /// # Errors
     /// [`MissingEntries`] when the entries have a gap, or end before what the checkpoint knows to be
     /// committed.
-    fn hard_state(&self) -> Result<HardState, MissingEntries> {
+    pub(crate) fn hard_state(&self) -> Result<HardState, MissingEntries> {
         if let Some(missing) = self.missing {
             return Err(missing);
         }

@@ -12,6 +12,7 @@ use common::{BLOCK, CHUNK, Failure, Model, Node, Op, SESSION};
 use nbd_log::io::MemoryDisk;
 use nbd_log::log::AppendError;
 use nbd_store::{CheckpointError, OpenError, Outcome, VolumeId};
+use nbd_topology::Term;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -51,15 +52,19 @@ struct Truth {
     /// Handed to the log, but not acknowledged: it may have happened or not, wholly.
     in_doubt: Option<Op>,
     seq: u64,
+    /// Last term that was promised to the log.
+    term: Term,
 }
 
 impl Truth {
     fn new() -> Self {
-        Self { model: Model::new(SIZE), in_doubt: None, seq: 0 }
+        Self { model: Model::new(SIZE), in_doubt: None, seq: 0, term: Term::ZERO }
     }
 
     /// Compares, and settles what was in doubt.
     fn check(&mut self, node: &Node, volume: VolumeId) {
+        let found = node.raft.hard_state;
+        assert!(found.term >= self.term && found.vote == 1, "{found:?}, not {}", self.term);
         let before = self.model.check(node, volume);
         let Some(op) = self.in_doubt.take() else { return before.unwrap() };
         if before.is_err() {
@@ -94,6 +99,7 @@ fn work(node: &mut Node, volume: VolumeId, truth: &mut Truth, steps: &[Step]) ->
                 if let Ok(outcomes) = &result {
                     assert_eq!(*outcomes, [Outcome::Done]);
                     truth.in_doubt = None;
+                    truth.term = node.term;
                     truth.model.apply(op);
                 }
                 result.map(|_| ())

@@ -415,3 +415,45 @@ fn a_failed_sync_is_final() {
     }
     panic!("no checkpoint failed");
 }
+
+#[test]
+fn a_log_full_of_what_is_home_is_freed_at_opening() {
+    let disk = MemoryDisk::new(1);
+    let mut node = Node::open(&disk).unwrap();
+    let volume = node.prepare("v", SIZE as u64).unwrap();
+    let mut seq = 0;
+    // Until it is full, as a disk may be when power fails behind the checkpoint's commit.
+    loop {
+        seq += 1;
+        let (index, term, kind) = (node.index.next(), node.term, EntryKind::Command);
+        let data = whole_chunk(seq as usize % 8, seq).encode(seq, volume);
+        let entry = EntryRecord { shard: SHARD, index, term, kind, data: &data };
+        let Ok(positions) = node.log.append(&[Record::Entry(entry)]) else { break };
+        node.writer.apply(index, term, &data, positions[0]);
+        node.index = index;
+    }
+    node.checkpoint().unwrap();
+    // Freed in memory only: nothing was written to the log since.
+    drop(node);
+    let mut node = Node::open(&disk).unwrap();
+    assert_eq!(node.raft.applied, node.raft.compacted.0);
+    for more in 0..100 {
+        let op = whole_chunk(0, more);
+        assert_eq!(node.propose(op.encode(seq + more, volume)).unwrap(), [Outcome::Done]);
+    }
+}
+
+#[test]
+fn plans_are_bounded() {
+    let disk = MemoryDisk::new(1);
+    let mut node = Node::open(&disk).unwrap();
+    let volume = node.prepare("v", 1 << 40).unwrap();
+    let resolve = |offset, len| node.reader.resolve(volume, offset, len).map(|plan| plan.len());
+    assert_eq!(resolve(512, 64 << 20).unwrap(), 64 << 20);
+    assert!(matches!(resolve(0, (64 << 20) + 1), Err(ReadError::TooLong)));
+    for (offset, len) in [(0, 0), (1 << 40, 1), ((1 << 40) - 1, 2), (u64::MAX, 2)] {
+        assert!(matches!(resolve(offset, len), Err(ReadError::PastEnd)));
+    }
+    let nowhere = node.reader.resolve(VolumeId(7), 0, 1);
+    assert!(matches!(nowhere, Err(ReadError::UnknownVolume)));
+}

@@ -27,6 +27,7 @@
 //! segments are freed behind a durable transaction only. A failed sync or transaction is final.
 
 mod batch;
+mod place;
 mod work;
 
 use std::collections::BTreeMap;
@@ -39,24 +40,23 @@ use nbd_log::log::{HardState, LogPosition, LogReadError, LogReader, SegmentPool}
 use nbd_topology::{LogIndex, ShardId};
 use redb::WriteTransaction;
 
-use self::batch::{Batch, Origin};
+use self::batch::Batch;
+use self::place::Placing;
 use self::work::Work;
 use crate::chunk::Base;
-use crate::chunk::database::{self, ChunkTable, MetadataError};
-use crate::chunk::meta::{ChunkKey, ChunkMeta, HomeBlock, Slot};
+use crate::chunk::database::{self, MetadataError};
+use crate::chunk::meta::{ChunkKey, ChunkMeta};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
 use crate::dirty::DirtyLog;
 use crate::ids::ChunkIndex;
 use crate::limits::{
-    BLOCK_BYTES, BLOCKS_PER_CHUNK, CHANGES_PER_TRANSACTION_MAX, CHUNK_BYTES, GROWTH_SLOTS,
-    META_BYTES_PER_CHANGE, META_HEADROOM_BYTES, META_HEADROOM_LEAST_BYTES,
+    BLOCK_BYTES, CHANGES_PER_TRANSACTION_MAX, META_BYTES_PER_CHANGE, META_HEADROOM_LEAST_BYTES,
 };
-use crate::overlay::{BlockBase, OverlayChunk, ZeroKind};
 use crate::shard::Shard;
 use crate::shard::pins::{Pin, PinGate, RetiredPin};
 use crate::shard::state::Frozen;
-use crate::space::{SpaceGauge, log_growth};
+use crate::space::SpaceGauge;
 
 /// What a checkpoint did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -194,13 +194,6 @@ impl Round {
     const fn has_room(&self) -> bool {
         self.changes < self.changes_max
     }
-}
-
-/// Whether a piece of work found its place.
-enum Placing {
-    Placed,
-    /// It needs a slot, and there is none.
-    OutOfSlots,
 }
 
 impl Checkpointer {
@@ -418,115 +411,6 @@ impl Checkpointer {
         Ok(())
     }
 
-    fn place(
-        &mut self,
-        table: &mut ChunkTable<'_>,
-        work: &Work<'_>,
-        round: &mut Round,
-        report: &mut CheckpointReport,
-    ) -> Result<Placing, CheckpointError> {
-        match work {
-            Work::Remove { volume, chunks } => {
-                database::remove_chunks(table, *volume, chunks, |home| {
-                    self.slots.leave(home.slot);
-                    report.chunks += 1;
-                })?;
-                Ok(Placing::Placed)
-            }
-            Work::Zero { volume, chunk, index } => {
-                let key = (*volume, *chunk);
-                let slot = match database::get_chunk(table, key)? {
-                    Some(home) => home.slot,
-                    None => match self.take_slot(round)? {
-                        Some(slot) => slot,
-                        None => return Ok(Placing::OutOfSlots),
-                    },
-                };
-                let mut meta = ChunkMeta::new(slot);
-                meta.last_index = *index;
-                meta.zero = u16::MAX;
-                database::put_chunk(table, key, Some(&meta))?;
-                report.chunks += 1;
-                Ok(Placing::Placed)
-            }
-            Work::Change { volume, chunk, change } => {
-                self.place_change(table, (*volume, *chunk), change, round, report)
-            }
-        }
-    }
-
-    fn place_change(
-        &mut self,
-        table: &mut ChunkTable<'_>,
-        key: ChunkKey,
-        change: &OverlayChunk,
-        round: &mut Round,
-        report: &mut CheckpointReport,
-    ) -> Result<Placing, CheckpointError> {
-        let old = database::get_chunk(table, key)?;
-        let mut meta = old.unwrap_or_else(|| ChunkMeta::new(Slot(0)));
-        apply_change(&mut meta, change);
-        if meta.is_hole() {
-            if let Some(old) = old {
-                self.slots.leave(old.slot);
-                database::put_chunk(table, key, None)?;
-                round.changed.push((key, None));
-                report.chunks += 1;
-            }
-            return Ok(Placing::Placed);
-        }
-        // In place only what is whole in the log.
-        let moves = old.is_none() || change.is_split();
-        if moves {
-            let Some(slot) = self.take_slot(round)? else { return Ok(Placing::OutOfSlots) };
-            meta.slot = slot;
-            if let Some(old) = old {
-                self.slots.leave(old.slot);
-            }
-        }
-        self.batch.add_chunk(key, meta);
-        let old_block = |block| old.map_or(HomeBlock::Hole, |old| old.block(block));
-        for block in (0..BLOCKS_PER_CHUNK).filter(|block| meta.present & (1 << block) != 0) {
-            let fragments = change.fragments(block);
-            let origin = match change.base(block) {
-                BlockBase::Log(source) => Origin::Log(source),
-                BlockBase::Cleared(_) => Origin::Zeroes,
-                BlockBase::Below if moves => old_block(block).into(),
-                BlockBase::Below => continue,
-            };
-            self.batch.add_block(block, origin, fragments);
-        }
-        Ok(Placing::Placed)
-    }
-
-    /// A slot that nothing refers to, growing the data file if need be.
-    fn take_slot(&mut self, round: &mut Round) -> Result<Option<Slot>, CheckpointError> {
-        if let Some(slot) = self.slots.take() {
-            return Ok(Some(slot));
-        }
-        // First a large step, then whatever is left.
-        for step in [GROWTH_SLOTS, 16, 1] {
-            if round.is_full {
-                break;
-            }
-            let (len, bytes) = (self.slots.len(), step * CHUNK_BYTES);
-            let kept = META_HEADROOM_BYTES + log_growth(&self.segments);
-            if self.disk.space_available().map_err(data_error)? < bytes + kept {
-                continue;
-            }
-            match self.base.data().allocate(len * CHUNK_BYTES, bytes) {
-                Ok(()) => {
-                    self.slots.grow(len + step);
-                    return Ok(self.slots.take());
-                }
-                Err(error) if is_out_of_space(&error) => {}
-                Err(source) => return Err(CheckpointError::Data { source }),
-            }
-        }
-        round.is_full = true;
-        Ok(None)
-    }
-
     /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard states
     /// of shards that applied nothing. Returns the shards' records to be.
     fn put_metadata(
@@ -603,29 +487,9 @@ pub(crate) const fn newer_vote(older: HardState, newest: HardState) -> HardState
     if older.term.0 > newest.term.0 || (same_term && newest.vote == 0) { older } else { newest }
 }
 
-/// Lays a chunk's changes over its home. A split block counts as present; its checksum follows.
-fn apply_change(meta: &mut ChunkMeta, change: &OverlayChunk) {
-    meta.last_index = meta.last_index.max(change.last_index());
-    for block in 0..BLOCKS_PER_CHUNK {
-        match change.base(block) {
-            BlockBase::Below => {}
-            BlockBase::Cleared(ZeroKind::Hole) => meta.clear(block),
-            BlockBase::Cleared(ZeroKind::Zero) => meta.set_zero(block),
-            BlockBase::Log(source) => meta.set_data(block, source.crc),
-        }
-        if !change.fragments(block).is_empty() {
-            meta.set_data(block, 0);
-        }
-    }
-}
-
 fn is_cleared(freeze: &Freeze, (volume, chunk): &(crate::VolumeId, ChunkIndex)) -> bool {
     let mut overlays = freeze.shards.iter().filter_map(|(_, f)| f.overlay.volume(*volume));
     overlays.any(|changes| changes.cleared_at(*chunk).is_some())
-}
-
-fn is_out_of_space(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 const fn data_error(source: io::Error) -> CheckpointError {

@@ -119,3 +119,45 @@ impl Base {
         self.data.read_exact_at(buf, place)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nbd_log::io::{Disk, MemoryDisk, OpenMode};
+    use nbd_topology::ShardId;
+
+    use super::*;
+    use crate::chunk::meta::Slot;
+
+    const KEY: ChunkKey = (VolumeId(1), ChunkIndex(5));
+
+    fn commit(base: &Base, meta: Option<&ChunkMeta>) {
+        let txn = base.database.write().unwrap();
+        database::put_chunk(&mut database::chunk_table(&txn).unwrap(), KEY, meta).unwrap();
+        txn.commit().unwrap();
+    }
+
+    #[test]
+    fn what_was_read_before_a_transaction_is_not_cached_after_it() {
+        let disk = MemoryDisk::new(1);
+        let database = Database::open(&disk, std::iter::once(ShardId(0))).unwrap();
+        let data = disk.open("data", OpenMode::CreateNew).unwrap();
+        let base = Base::new(database, data, 1 << 16);
+        let (mut old, mut new) = (ChunkMeta::new(Slot(3)), ChunkMeta::new(Slot(4)));
+        old.set_zero(0);
+        new.set_zero(1);
+        commit(&base, Some(&old));
+        // The transaction becomes durable after the reader has begun, before it looks.
+        let overtaken = std::iter::once_with(|| {
+            commit(&base, Some(&new));
+            base.forget([], Some(&|_: &ChunkKey| true));
+            KEY.1
+        });
+        let found = base.load(KEY.0, overtaken).unwrap();
+        assert_eq!(found, [(KEY.1, Some(old))], "still good for whoever holds a pin");
+        assert_eq!(base.cached(KEY.0, KEY.1), None);
+        assert_eq!(base.load(KEY.0, [KEY.1]).unwrap(), [(KEY.1, Some(new))]);
+        assert_eq!(base.cached(KEY.0, KEY.1), Some(Some(new)));
+        base.forget([(KEY, None)], None);
+        assert_eq!(base.cached(KEY.0, KEY.1), Some(None), "no home is worth knowing, too");
+    }
+}

@@ -44,6 +44,9 @@ pub enum ReadError {
     /// The range is empty or does not end within the volume.
     #[error("range past the end of the volume")]
     PastEnd,
+    /// The range is longer than [`crate::limits::READ_BYTES_MAX`].
+    #[error("a read of more than {} bytes", crate::limits::READ_BYTES_MAX)]
+    TooLong,
     /// The only copy here does not have its checksum. Resolving again may find a newer one.
     #[error("block {block} of volume {volume} is damaged at {place}")]
     Corrupt {

@@ -11,7 +11,7 @@ use super::state::ShardState;
 use super::status::{self, Extent};
 use crate::chunk::meta::{ChunkMeta, HomeBlock};
 use crate::ids::{ChunkIndex, VolumeId};
-use crate::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, to_usize};
+use crate::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, READ_BYTES_MAX, to_usize};
 use crate::outcome::{SessionInfo, VolumeInfo};
 use crate::overlay::{BlockBase, Layer, VolumeOverlay, ZeroKind};
 use crate::space::{Admission, AdmissionKind};
@@ -172,10 +172,14 @@ impl ShardReader {
     /// before it.
     ///
     /// # Errors
-    /// [`ReadError::UnknownVolume`] and [`ReadError::PastEnd`] (also for an empty range).
+    /// [`ReadError::UnknownVolume`], [`ReadError::PastEnd`] (also for an empty range) and
+    /// [`ReadError::TooLong`].
     pub fn resolve(&self, volume: VolumeId, offset: u64, len: u64) -> Result<ReadPlan, ReadError> {
         let state = self.shard.state.read();
         check_range(&state, volume, offset, len)?;
+        if len > READ_BYTES_MAX {
+            return Err(ReadError::TooLong);
+        }
         let overlays = Overlays::of(&state, volume);
         let (first, end) = (offset / BLOCK_BYTES, (offset + len).div_ceil(BLOCK_BYTES));
         let per_chunk = BLOCKS_PER_CHUNK as u64;
@@ -203,7 +207,7 @@ impl ShardReader {
     /// cover something.
     ///
     /// # Errors
-    /// As [`ShardReader::resolve`], or a failure of the database.
+    /// As [`ShardReader::resolve`] (of any length), or a failure of the database.
     pub fn block_status(
         &self,
         volume: VolumeId,
