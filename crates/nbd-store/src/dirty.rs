@@ -24,6 +24,11 @@ impl DirtyLog {
         self.advance(position);
     }
 
+    /// Where what no checkpoint covers begins.
+    pub(crate) fn covered(&self) -> LogPosition {
+        LogPosition(self.frozen.load(Ordering::Relaxed))
+    }
+
     /// End of what was applied.
     pub(crate) fn newest(&self) -> LogPosition {
         LogPosition(self.newest.load(Ordering::Relaxed))

@@ -108,6 +108,18 @@ impl Identity {
         LogIdentity(u64::try_from(high ^ low).expect("both halves have 64 bits"))
     }
 
+    /// Refuses a directory that holds something else, without changing anything in it.
+    pub(crate) fn refuse_foreign(disk: &dyn Disk) -> Result<(), IdentityError> {
+        if disk.exists(IDENTITY_FILE)? {
+            return Ok(());
+        }
+        let mut files = disk.list("")?.into_iter();
+        match files.find(|name| !HARMLESS_FILES.contains(&name.as_str())) {
+            Some(found) => Err(IdentityError::NotEmpty { found }),
+            None => Ok(()),
+        }
+    }
+
     /// Reads the identity of the data directory, or gives an empty directory one.
     pub(crate) fn open(
         disk: &dyn Disk,
@@ -117,10 +129,7 @@ impl Identity {
         rng: &mut dyn RngCore,
     ) -> Result<Self, IdentityError> {
         if !disk.exists(IDENTITY_FILE)? {
-            let mut files = disk.list("")?.into_iter();
-            if let Some(found) = files.find(|name| !HARMLESS_FILES.contains(&name.as_str())) {
-                return Err(IdentityError::NotEmpty { found });
-            }
+            Self::refuse_foreign(disk)?;
             let (cluster, node) = (cluster.clone(), node.clone());
             let new = Self { cluster, node, directory: rng.random(), segment_bytes };
             new.create(disk)?;

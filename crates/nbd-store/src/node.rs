@@ -179,6 +179,8 @@ impl NodeStore {
         if wanted.is_empty() || wanted.len() != options.shards.len() {
             return Err(OpenError::ShardList);
         }
+        // Before the lock, whose file would be left in a directory that is not ours.
+        Identity::refuse_foreign(&*disk)?;
         let lock = take_lock(&*disk)?;
         let mut rng = StdRng::from_seed(options.rng_seed);
         let StoreOptions { cluster, node, segment_bytes, .. } = &options;

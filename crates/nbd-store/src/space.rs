@@ -74,6 +74,8 @@ pub struct SpaceGauge {
     granted: AtomicU64,
     /// A range was cleared since the last checkpoint, so that one may free slots.
     cleared: AtomicBool,
+    /// The last checkpoint found no room: what is in the log cannot be brought home for now.
+    starved: AtomicBool,
 }
 
 impl fmt::Debug for SpaceGauge {
@@ -136,6 +138,7 @@ impl SpaceGauge {
             pending: AtomicU64::new(0),
             granted: AtomicU64::new(0),
             cleared: AtomicBool::new(false),
+            starved: AtomicBool::new(false),
         };
         gauge.refresh()?;
         Ok(gauge)
@@ -168,8 +171,26 @@ impl SpaceGauge {
         len: u64,
         kind: AdmissionKind,
     ) -> Option<SpaceGrant> {
+        if self.log_is_for_trims_only(kind) {
+            return None;
+        }
         let needed = kind.chunks(offset, len).map(|range| range.end - range.start).sum();
         self.grant(needed)
+    }
+
+    /// While checkpoints find no room, the log fills. Its second half is kept for what may make
+    /// room: it would be too late for a trim once the log is full.
+    pub(crate) fn log_is_for_trims_only(&self, kind: AdmissionKind) -> bool {
+        let gives_room =
+            matches!(kind, AdmissionKind::Trim | AdmissionKind::WriteZeroes { no_hole: false });
+        !gives_room
+            && self.starved.load(Ordering::Relaxed)
+            && self.segments.live_bytes() > self.segments.bytes_max() / 2
+    }
+
+    /// Whether the last checkpoint found no room.
+    pub(crate) fn set_starved(&self, starved: bool) {
+        self.starved.store(starved, Ordering::Relaxed);
     }
 
     /// The answer for a mutation of which `homeless` chunks have no slot. Asks the disk afresh.

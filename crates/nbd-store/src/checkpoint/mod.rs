@@ -246,8 +246,12 @@ impl Checkpointer {
         if self.failed {
             return Err(CheckpointError::Failed);
         }
+        let covered = self.gauge.dirty.covered();
         let result = self.try_run(pace);
+        self.gauge.space.set_starved(matches!(result, Err(CheckpointError::NoSpace)));
         if let Err(error) = &result {
+            // Still to be covered.
+            self.gauge.dirty.start(covered);
             self.failed = error.is_fatal();
             self.slots.aborted();
             // The file may have grown. The disk's answer is of no interest on this way out.
@@ -260,8 +264,8 @@ impl Checkpointer {
         let (freeze, retired) = self.freeze();
         let mut report = CheckpointReport::default();
         if !freeze.shards.is_empty() {
-            self.changes_max()?;
             self.gate.wait(retired);
+            self.changes_max()?;
             self.declare_committed(&freeze)?;
             self.write_home(&freeze, pace, &mut report)?;
             report.segments_freed = self.free_segments(&freeze);

@@ -9,7 +9,7 @@
 //! by the one being built). A leaving slot is free only once that transaction is durable and no
 //! reader holds it: until then a crash, or a reader, still needs what lies there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::meta::Slot;
 use crate::limits::to_usize;
@@ -118,7 +118,6 @@ impl SlotMap {
 
     /// The bitmaps that changed, as they are once the transaction is durable.
     pub(crate) fn dirty_regions(&self) -> Vec<(u32, [u8; REGION_BYTES])> {
-        let region_of = |slot: &Slot| slot.0 / REGION_SLOTS;
         let bitmap = |region: u32| {
             let start = region as usize * WORDS_PER_REGION;
             let end = (start + WORDS_PER_REGION).min(self.words.len());
@@ -126,13 +125,17 @@ impl SlotMap {
             for (out, word) in out.as_chunks_mut().0.iter_mut().zip(&self.words[start..end]) {
                 *out = word.to_le_bytes();
             }
-            for slot in self.leaving.iter().filter(|slot| region_of(slot) == u64::from(region)) {
-                let at = slot.0 % REGION_SLOTS;
-                out[to_usize(at / 8)] &= !(1 << (at % 8));
-            }
             out
         };
-        self.dirty.iter().map(|&region| (region, bitmap(region))).collect()
+        let mut bitmaps: BTreeMap<_, _> =
+            self.dirty.iter().map(|&region| (region, bitmap(region))).collect();
+        for slot in &self.leaving {
+            let region = u32::try_from(slot.0 / REGION_SLOTS).expect("bounded by SLOTS_MAX");
+            let at = slot.0 % REGION_SLOTS;
+            let out = bitmaps.get_mut(&region).expect("leaving a slot marks its region");
+            out[to_usize(at / 8)] &= !(1 << (at % 8));
+        }
+        bitmaps.into_iter().collect()
     }
 
     /// The transaction is durable. The slots it left are the caller's until no reader holds them;

@@ -235,6 +235,9 @@ impl ShardReader {
         if let Some(grant) = self.shard.space.admit_fast(offset, len, kind) {
             return Ok(Admission::Granted(grant));
         }
+        if self.shard.space.log_is_for_trims_only(kind) {
+            return Ok(Admission::NoSpace);
+        }
         check_range(&self.shard.state.read(), volume, offset, len)?;
         let chunks = kind.chunks(offset, len);
         let homeless = self.homeless(volume, chunks)?;
