@@ -19,6 +19,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use std::{io, thread};
 
 use nbd_consensus::{Entry, EntryKind as RaftKind, Group, GroupConfig, GroupError, Recovered};
@@ -31,6 +32,7 @@ use nbd_store::{NodeStore, OpenError, RecoveredShard, StoreOptions};
 use nbd_topology::{LogIndex, NodeName, ReplicaId, ShardId};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::budget::ByteBudget;
@@ -51,8 +53,9 @@ pub struct Replica {
     http: SocketAddr,
     failure: Failure,
     readiness: Readiness,
+    abandon: CancellationToken,
     shutdown: Shutdown,
-    shutdown_deadline: std::time::Duration,
+    shutdown_deadline: Duration,
     keepers: Vec<GroupKeeper>,
     groups: Vec<JoinHandle<()>>,
     log_thread: thread::JoinHandle<()>,
@@ -126,16 +129,23 @@ impl Replica {
         let failure = Failure::default();
         let shutdown = Shutdown::new();
         let checkpoints = CheckpointHandle::new();
+        let abandon = CancellationToken::new();
         let NodeStore { log, segments, checkpointer, shards, space, lock, .. } = store;
-        let (log_handle, log_thread) =
-            log_thread::spawn(log, Arc::clone(&segments), checkpoints.clone(), failure.clone())
-                .map_err(StartError::Thread)?;
+        let (log_handle, log_thread) = log_thread::spawn(
+            log,
+            Arc::clone(&segments),
+            checkpoints.clone(),
+            failure.clone(),
+            abandon.clone(),
+        )
+        .map_err(StartError::Thread)?;
 
         let mut tasks = Vec::new();
         let mut handles = Vec::new();
         let mut keepers = Vec::new();
         for shard in shards {
-            let parts = group_parts(&config, shard, log_handle.clone(), failure.clone())?;
+            let parts =
+                group_parts(&config, shard, log_handle.clone(), failure.clone(), abandon.clone())?;
             let (task, handle, keeper) = group_task::new(parts);
             tasks.push(task);
             handles.push(handle);
@@ -175,6 +185,7 @@ impl Replica {
             http: http_address,
             failure,
             readiness,
+            abandon,
             shutdown,
             shutdown_deadline: config.tuning.shutdown_deadline.get(),
             keepers,
@@ -216,17 +227,28 @@ impl Replica {
     }
 
     /// Stops: finishes what is under way, within the configured deadline, and takes a last
-    /// checkpoint.
-    pub async fn stop(self) {
+    /// checkpoint. What is not finished then is abandoned; nothing acknowledged is lost by it.
+    ///
+    /// # Errors
+    /// The reason, if the node's disk has failed by then.
+    pub async fn stop(self) -> Result<(), String> {
         self.readiness.drain();
         if let Err(late) = self.shutdown.drain(self.shutdown_deadline).await {
             warn!(%late, "stopping without waiting any longer");
         }
         drop(self.keepers);
-        for group in self.groups {
-            if let Err(error) = group.await {
-                warn!(%error, "a group task ended badly");
+        let groups = async {
+            for group in self.groups {
+                if let Err(error) = group.await {
+                    warn!(%error, "a group task ended badly");
+                }
             }
+        };
+        tokio::pin!(groups);
+        if tokio::time::timeout(ABANDON_AFTER, &mut groups).await.is_err() {
+            warn!("the log does not take what is under way: abandoning it");
+            self.abandon.cancel();
+            groups.await;
         }
         let (log, checkpoint) = (self.log_thread, self.checkpoint_thread);
         let checkpoints = self.checkpoints;
@@ -240,8 +262,18 @@ impl Replica {
             _ => warn!(node = %self.node, "a thread ended badly"),
         }
         drop(self.lock);
+        self.failure.reason().map_or(Ok(()), Err)
+    }
+
+    /// Gives the node up after its disk has failed. Keeps the data directory locked until the process
+    /// ends: its threads may still be writing.
+    pub fn abandon(self) {
+        std::mem::forget(self.lock);
     }
 }
+
+/// Time that the log has, once nothing new is proposed, to take what is under way.
+const ABANDON_AFTER: Duration = Duration::from_secs(2);
 
 async fn bind(what: &'static str, address: &HostPort) -> Result<TcpListener, StartError> {
     TcpListener::bind(address.to_string()).await.map_err(|source| StartError::Listen {
@@ -302,6 +334,7 @@ fn group_parts(
     recovered: RecoveredShard,
     log: LogHandle,
     failure: Failure,
+    abandon: CancellationToken,
 ) -> Result<GroupParts, StartError> {
     let RecoveredShard { shard, writer, reader, raft, .. } = recovered;
     let replicas = config.cluster.replicas(shard);
@@ -338,8 +371,13 @@ fn group_parts(
             .collect(),
     };
     let sole_voter = voters.len() == 1;
-    let group = Group::new(GroupConfig::new(shard, replica, voters), recovered)
-        .map_err(|source| StartError::Group { shard, source })?;
+    let mut settings = GroupConfig::new(shard, replica, voters);
+    if sole_voter {
+        // Nobody will ever ask for entries that are applied.
+        settings.cache_bytes_max = 0;
+    }
+    let group =
+        Group::new(settings, recovered).map_err(|source| StartError::Group { shard, source })?;
     Ok(GroupParts {
         shard,
         group,
@@ -350,6 +388,7 @@ fn group_parts(
         failure,
         tick: RAFT_TICK,
         sole_voter,
+        abandon,
     })
 }
 

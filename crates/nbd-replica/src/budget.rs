@@ -5,6 +5,7 @@
 //! large payloads cannot take the room that small requests live on.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
 
@@ -23,6 +24,17 @@ pub(crate) struct ByteBudget {
     small: Arc<Semaphore>,
     large: Arc<Semaphore>,
     large_bytes_max: u32,
+    /// Requests that wait for their share.
+    waiting: Arc<AtomicUsize>,
+}
+
+/// Counts a waiting request for as long as it exists.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl ByteBudget {
@@ -36,7 +48,14 @@ impl ByteBudget {
             small: Arc::new(Semaphore::new(small as usize)),
             large: Arc::new(Semaphore::new(large as usize)),
             large_bytes_max: large,
+            waiting: Arc::default(),
         }
+    }
+
+    /// Whether requests are waiting for their share: connections that hold one and get nowhere are
+    /// then in the way of others.
+    pub(crate) fn is_short(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
     }
 
     fn share(&self, bytes: u64) -> (&Arc<Semaphore>, u32) {
@@ -61,6 +80,8 @@ impl ByteBudget {
     /// A permit for `bytes`, waiting in turn for room.
     pub(crate) async fn acquire(&self, bytes: u64) -> BytePermit {
         let (semaphore, bytes) = self.share(bytes);
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(&self.waiting);
         match Arc::clone(semaphore).acquire_many_owned(bytes).await {
             Ok(permit) => BytePermit { _permit: permit },
             Err(_) => unreachable!("the budget is never closed"),
@@ -83,6 +104,22 @@ mod tests {
         assert!(budget.try_acquire(4096).is_some());
         drop(large.pop());
         assert!(budget.try_acquire(16 << 20).is_some());
+    }
+
+    #[tokio::test]
+    async fn is_short_only_while_somebody_waits() {
+        let budget = ByteBudget::new(64 << 20);
+        let all = budget.acquire(48 << 20).await;
+        let waiter = tokio::spawn({
+            let budget = budget.clone();
+            async move { drop(budget.acquire(1 << 20).await) }
+        });
+        while !budget.is_short() {
+            tokio::task::yield_now().await;
+        }
+        drop(all);
+        waiter.await.unwrap();
+        assert!(!budget.is_short());
     }
 
     #[tokio::test]

@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use crate::failure::Failure;
+use crate::failure::{FailOnPanic, Failure};
 use crate::group_task::GroupHandle;
 use crate::metrics::CheckpointMetrics;
 
@@ -85,6 +85,15 @@ impl CheckpointHandle {
     }
 }
 
+/// Lets go whoever waits for an attempt when the thread ends, in whatever way.
+struct Finished(CheckpointHandle);
+
+impl Drop for Finished {
+    fn drop(&mut self) {
+        self.0.shared.done.send_replace(u64::MAX);
+    }
+}
+
 /// What the thread owns and uses.
 pub(crate) struct CheckpointThread {
     pub(crate) checkpointer: Checkpointer,
@@ -102,23 +111,29 @@ impl CheckpointThread {
     }
 
     fn run(mut self) {
+        let _guard = FailOnPanic::new(&self.failure, "checkpoint thread");
+        let _finished = Finished(self.handle.clone());
         let metrics = CheckpointMetrics::new();
-        let mut last_run = Instant::now();
+        metrics.gauges(&self.segments, &self.space);
+        let mut dirty_since = None;
         loop {
             let (wanted, stop) = self.wait();
             if self.failure.is_set() {
-                self.handle.shared.done.send_replace(u64::MAX);
                 return;
             }
-            self.prepare_segment();
+            prepare_segment(&self.segments);
             if let Err(error) = self.space.refresh() {
                 warn!(%error, "cannot see how much room the disk has");
             }
             let asked = wanted > *self.handle.shared.done.borrow();
-            let aged =
-                last_run.elapsed() >= DIRTY_AGE_MAX && self.checkpointer.dirty_log_bytes() > 0;
+            if self.checkpointer.dirty_log_bytes() == 0 {
+                dirty_since = None;
+            } else {
+                dirty_since.get_or_insert_with(Instant::now);
+            }
+            let aged = dirty_since.is_some_and(|since: Instant| since.elapsed() >= DIRTY_AGE_MAX);
             if asked || stop || aged || self.checkpointer.should_run() {
-                last_run = Instant::now();
+                dirty_since = None;
                 let room = self.checkpoint(&metrics);
                 self.handle.shared.done.send_replace(wanted);
                 if !room && !stop {
@@ -127,7 +142,6 @@ impl CheckpointThread {
             }
             metrics.gauges(&self.segments, &self.space);
             if stop {
-                self.handle.shared.done.send_replace(u64::MAX);
                 return;
             }
         }
@@ -142,20 +156,13 @@ impl CheckpointThread {
         (wish.wanted, wish.stop)
     }
 
-    /// Keeps one spare segment prefilled, so that the log thread never has to.
-    fn prepare_segment(&self) {
-        match self.segments.prepare_spare() {
-            Ok(true) => debug!("prefilled a log segment"),
-            Ok(false) => {}
-            // Not fatal: the log thread meets the same error if it ever needs the segment.
-            Err(error) => warn!(%error, "cannot prepare a log segment"),
-        }
-    }
-
     /// Runs one checkpoint. `false` when the disk has no room for it.
     fn checkpoint(&mut self, metrics: &CheckpointMetrics) -> bool {
         let started = Instant::now();
-        match self.checkpointer.run() {
+        let segments = Arc::clone(&self.segments);
+        // The log goes on filling meanwhile, and must not have to wait for a segment.
+        let mut pace = |_| prepare_segment(&segments);
+        match self.checkpointer.run_paced(&mut pace) {
             Ok(report) => {
                 metrics.finished(started.elapsed(), &report);
                 debug!(?report, elapsed = ?started.elapsed(), "checkpoint");
@@ -175,5 +182,15 @@ impl CheckpointThread {
                 true
             }
         }
+    }
+}
+
+/// Keeps one spare segment prefilled, so that the log thread rarely has to.
+fn prepare_segment(segments: &SegmentPool) {
+    match segments.prepare_spare() {
+        Ok(true) => debug!("prefilled a log segment"),
+        Ok(false) => {}
+        // Not fatal: the log thread meets the same error if it ever needs the segment.
+        Err(error) => warn!(%error, "cannot prepare a log segment"),
     }
 }

@@ -1,5 +1,6 @@
 //! Settings of one replica process: parsed, checked and frozen before any socket opens.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -50,7 +51,7 @@ pub struct Tuning {
     #[arg(long, env = "NBD_REQUEST_BYTES_MAX", default_value = "96MiB", value_name = "SIZE")]
     pub request_bytes_max: ByteSize,
 
-    /// Size of one log file; fixed when the data directory is created. From 1MiB to 1GiB.
+    /// Size of one log file; fixed when the data directory is created. From 4MiB to 1GiB.
     #[arg(long, env = "NBD_LOG_SEGMENT_BYTES", default_value = "64MiB", value_name = "SIZE")]
     pub log_segment_bytes: ByteSize,
 
@@ -203,7 +204,7 @@ fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
     let requests = tuning.request_bytes_max;
     in_range("--request-bytes-max", requests, 64 * MIB, 4096 * MIB - 1, "64MiB to below 4GiB")?;
     let segment = tuning.log_segment_bytes;
-    in_range("--log-segment-bytes", segment, MIB, 1024 * MIB, "1MiB to 1GiB")?;
+    in_range("--log-segment-bytes", segment, 4 * MIB, 1024 * MIB, "4MiB to 1GiB")?;
     if !segment.bytes().is_multiple_of(4096) {
         let allowed = "a multiple of 4KiB";
         let name = "--log-segment-bytes";
@@ -216,6 +217,36 @@ fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
     let checkpoint = tuning.checkpoint_log_bytes;
     let half = log.bytes() / 2;
     in_range("--checkpoint-log-bytes", checkpoint, MIB, half, "1MiB to half of --log-bytes-max")
+}
+
+/// What would be used, for people: the cluster as a `cluster.toml`, then this node's own settings.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cluster, node, listen, data_dir, shards, volumes: _, tuning } = self;
+        let shards: Vec<_> = shards.iter().map(ToString::to_string).collect();
+        writeln!(f, "# cluster\n{}", cluster.to_toml().trim_end())?;
+        writeln!(f, "\n# node {node}")?;
+        writeln!(f, "data directory       {}", data_dir.display())?;
+        writeln!(f, "shards               {}", shards.join(", "))?;
+        writeln!(f, "NBD                  {}", listen.nbd)?;
+        writeln!(f, "gRPC                 {}", listen.grpc)?;
+        writeln!(f, "HTTP                 {}", listen.http)?;
+        write!(f, "{tuning}")
+    }
+}
+
+impl fmt::Display for Tuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "connections-max      {}", self.connections_max)?;
+        writeln!(f, "request-bytes-max    {}", self.request_bytes_max)?;
+        writeln!(f, "log-segment-bytes    {}", self.log_segment_bytes)?;
+        writeln!(f, "log-bytes-max        {}", self.log_bytes_max)?;
+        writeln!(f, "log-cache-bytes      {}", self.log_cache_bytes)?;
+        writeln!(f, "checkpoint-log-bytes {}", self.checkpoint_log_bytes)?;
+        writeln!(f, "space-reserve        {}", self.space_reserve)?;
+        writeln!(f, "health-deadline      {}", self.health_deadline)?;
+        writeln!(f, "shutdown-deadline    {}", self.shutdown_deadline)
+    }
 }
 
 /// Time of one Raft tick. The election timeout is 12 of them, the heartbeat interval 2.
@@ -274,7 +305,7 @@ mod tests {
         let error = config(ONE, "a", tuning).unwrap_err();
         assert!(error.to_string().starts_with("--log-bytes-max is 128MiB"), "{error}");
         let mut tuning = Tuning::defaults();
-        tuning.log_segment_bytes = ByteSize::new((1 << 20) + 512);
+        tuning.log_segment_bytes = ByteSize::new((4 << 20) + 512);
         assert!(config(ONE, "a", tuning).is_err());
     }
 }

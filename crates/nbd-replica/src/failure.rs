@@ -54,3 +54,45 @@ impl Failure {
         }
     }
 }
+
+/// Makes a panic of the thread or task that holds it the node's failure: what panicked cannot be done
+/// without, and nobody must wait for it.
+#[derive(Debug)]
+pub(crate) struct FailOnPanic {
+    failure: Failure,
+    who: &'static str,
+}
+
+impl FailOnPanic {
+    pub(crate) fn new(failure: &Failure, who: &'static str) -> Self {
+        Self { failure: failure.clone(), who }
+    }
+}
+
+impl Drop for FailOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.failure.set(format!("the {} panicked", self.who));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_a_failure_and_the_first_reason_stays() {
+        let failure = Failure::default();
+        drop(FailOnPanic::new(&failure, "calm thread"));
+        assert!(!failure.is_set());
+        let held = failure.clone();
+        let thread = std::thread::spawn(move || {
+            let _guard = FailOnPanic::new(&held, "log thread");
+            panic!("as the test wants");
+        });
+        assert!(thread.join().is_err());
+        failure.set("later".to_owned());
+        assert_eq!(failure.reason().as_deref(), Some("the log thread panicked"));
+    }
+}

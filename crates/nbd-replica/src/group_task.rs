@@ -9,7 +9,7 @@
 //!                               └────────────┘ ──status─────▶ health, readers (watch)
 //! ```
 //!
-//! Exit: when the last [`GroupHandle`] is dropped or the node fails. Proposers then see their reply
+//! Exit: when the last [`GroupKeeper`] is dropped, the node fails, or the process stops waiting. Proposers then see their reply
 //! channel closed.
 //!
 //! Requests are taken in only while fewer than
@@ -17,19 +17,26 @@
 //! gathers meanwhile goes into the next entry together.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use nbd_consensus::{Committed, Effects, Group, Input, Proposal, RejectReason, Role, Ticket};
+use nbd_consensus::{
+    Committed, Effects, EntryKind, Group, Input, Proposal, RejectReason, Role, Ticket,
+};
 use nbd_log::log::LogPosition;
-use nbd_store::{Outcome, ShardReader, ShardWriter};
+use nbd_store::{Outcome, SessionInfo, ShardReader, ShardWriter, SpaceGrant};
 use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use crate::failure::Failure;
-use crate::limits::{APPENDS_IN_FLIGHT_MAX, ENTRY_PACK_BYTES_MAX, GROUP_MAILBOX_MAX};
+use crate::budget::BytePermit;
+use crate::failure::{FailOnPanic, Failure};
+use crate::limits::{
+    APPENDS_IN_FLIGHT_MAX, ENTRY_PACK_BYTES_MAX, GROUP_MAILBOX_MAX, LOG_BATCH_BYTES_MAX,
+};
 use crate::log_thread::{AppendJob, LogHandle, Persisted};
 use crate::metrics::GroupMetrics;
 use crate::nbd::Completion;
@@ -41,11 +48,19 @@ const TURN_REQUESTS_MAX: usize = 256;
 /// more.
 const PERSISTED_MAX: usize = 64;
 
+/// What a mutation holds until it is applied: bytes of the budget and room on the disk.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    pub(crate) _permit: Option<BytePermit>,
+    pub(crate) _grant: SpaceGrant,
+}
+
 /// Whom to tell the outcome of a command.
 #[derive(Debug)]
 pub(crate) enum Reply {
-    /// A session, by the number it gave the command's request.
-    Session { completions: mpsc::Sender<Completion>, token: usize },
+    /// A session, by the number it gave the command's request. What the request holds is given back
+    /// when its last mutation has been applied, even if the session is gone by then.
+    Session { completions: mpsc::Sender<Completion>, token: usize, hold: Arc<Hold> },
     /// One waiting caller.
     Once(oneshot::Sender<Outcome>),
     /// Nobody.
@@ -57,7 +72,8 @@ impl Reply {
         // A proposer that is gone needs no answer. A session's channel has room for all that it has
         // under way.
         match self {
-            Self::Session { completions, token } => {
+            Self::Session { completions, token, hold } => {
+                drop(hold);
                 let _ = completions.try_send(Completion::Mutation { token, outcome });
             }
             Self::Once(reply) => {
@@ -167,6 +183,8 @@ pub(crate) struct GroupParts {
     pub(crate) tick: Duration,
     /// Whether this group has no other voter, and so may elect itself at once.
     pub(crate) sole_voter: bool,
+    /// Cancelled when the process will not wait any longer for what is under way.
+    pub(crate) abandon: CancellationToken,
 }
 
 /// Makes the task and its handle. The caller spawns the task.
@@ -185,12 +203,13 @@ pub(crate) fn new(parts: GroupParts) -> (GroupTask, GroupHandle, GroupKeeper) {
         metrics: GroupMetrics::new(parts.shard),
         group: parts.group,
         writer: parts.writer,
-        reader: parts.reader,
+        stale_sessions: parts.reader.sessions(),
         positions: parts.positions,
         log: parts.log,
         failure: parts.failure,
         tick: parts.tick,
         sole_voter: parts.sole_voter,
+        abandon: parts.abandon,
         requests,
         persisted_tx,
         persisted,
@@ -216,13 +235,15 @@ pub(crate) struct GroupTask {
     shard: ShardId,
     group: Group,
     writer: ShardWriter,
-    reader: ShardReader,
+    /// Sessions that recovery found open, until they are closed.
+    stale_sessions: Vec<SessionInfo>,
     /// Data positions of entries that are persisted (or recovered) and not yet applied, by index.
     positions: VecDeque<(LogIndex, LogPosition)>,
     log: LogHandle,
     failure: Failure,
     tick: Duration,
     sole_voter: bool,
+    abandon: CancellationToken,
     requests: mpsc::Receiver<Request>,
     persisted_tx: mpsc::Sender<Persisted>,
     persisted: mpsc::Receiver<Persisted>,
@@ -240,6 +261,7 @@ pub(crate) struct GroupTask {
 impl GroupTask {
     /// Runs until the last keeper is dropped or the node fails.
     pub(crate) async fn run(mut self) {
+        let _guard = FailOnPanic::new(&self.failure, "group task");
         let mut clock = tokio::time::interval(self.tick);
         // A pause of the process must not turn into a burst of ticks.
         clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -255,6 +277,7 @@ impl GroupTask {
             tokio::select! {
                 biased;
                 _ = &mut failed => return,
+                () = self.abandon.cancelled() => return,
                 Some(persisted) = self.persisted.recv() => self.on_persisted(persisted),
                 count = self.requests.recv_many(&mut turn, TURN_REQUESTS_MAX), if accepting => {
                     if count == 0 {
@@ -306,8 +329,12 @@ impl GroupTask {
         if self.appends_in_flight >= APPENDS_IN_FLIGHT_MAX {
             return;
         }
-        let mut proposals = Vec::with_capacity(self.waiting.len());
-        for packed in std::mem::take(&mut self.waiting) {
+        let (mut proposals, mut bytes) = (Vec::new(), 0);
+        while let Some(packed) = self
+            .waiting
+            .pop_front_if(|packed| bytes == 0 || bytes + packed.data.len() <= LOG_BATCH_BYTES_MAX)
+        {
+            bytes += packed.data.len();
             let ticket = Ticket(self.next_ticket);
             self.next_ticket += 1;
             proposals.push(Proposal { ticket, data: packed.data.clone() });
@@ -346,7 +373,7 @@ impl GroupTask {
     }
 
     /// Keeps rejected entries to propose them again, in their order. They cannot take effect twice:
-    /// each command carries its session's sequence number.
+    /// every reason for a rejection means that the entry is not, and never will be, in the log.
     fn take_back(&mut self, mut rejected: Vec<(Ticket, RejectReason)>) {
         rejected.sort_by_key(|(ticket, _)| *ticket);
         for (ticket, reason) in rejected.into_iter().rev() {
@@ -363,7 +390,12 @@ impl GroupTask {
         let last = committed.last()?.entry.index;
         for Committed { entry, ticket } in committed {
             let position = self.take_position(entry.index);
-            let outcomes = self.writer.apply(entry.index, entry.term, &entry.data, position);
+            // Membership changes are consensus's own affair: to the shard they are an empty entry.
+            let data = match entry.kind {
+                EntryKind::Command => entry.data,
+                EntryKind::ConfChange | EntryKind::ConfChangeV2 => Bytes::new(),
+            };
+            let outcomes = self.writer.apply(entry.index, entry.term, &data, position);
             let Some(packed) = ticket.and_then(|ticket| self.proposed.remove(&ticket)) else {
                 continue;
             };
@@ -396,17 +428,17 @@ impl GroupTask {
         if now.role != before.role {
             info!(shard = %self.shard, role = ?now.role, term = %now.term, "role");
         }
-        if now.serving && !before.serving {
+        if now.serving && !self.stale_sessions.is_empty() {
             self.end_stale_sessions();
         }
     }
 
-    /// Sessions belong to connections of this process, and none of those outlives it: whatever the
-    /// log still lists when this replica begins to serve is over.
+    /// Sessions belong to connections of the process that opened them, and none of those outlives it:
+    /// what recovery found open is over.
     fn end_stale_sessions(&mut self) {
         let mut packer = Packer::default();
-        for session in self.reader.sessions() {
-            let close = nbd_store::command::encode_close_session(session.id, session.epoch);
+        for session in std::mem::take(&mut self.stale_sessions) {
+            let close = nbd_store::encode_close_session(session.id, session.epoch);
             packer.add(close, Reply::Nobody);
         }
         self.waiting.extend(packer.finish());

@@ -17,10 +17,11 @@ use nbd_log::log::{
 };
 use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::checkpoint_thread::CheckpointHandle;
-use crate::failure::Failure;
+use crate::failure::{FailOnPanic, Failure};
 use crate::limits::{LOG_BATCH_BYTES_MAX, LOG_QUEUE_MAX};
 use crate::metrics::LogMetrics;
 
@@ -74,10 +75,11 @@ pub(crate) fn spawn(
     segments: Arc<SegmentPool>,
     checkpoints: CheckpointHandle,
     failure: Failure,
+    abandon: CancellationToken,
 ) -> std::io::Result<(LogHandle, thread::JoinHandle<()>)> {
     let (jobs, queue) = sync_channel(LOG_QUEUE_MAX);
     let metrics = LogMetrics::new();
-    let worker = LogThread { writer, segments, checkpoints, failure, metrics };
+    let worker = LogThread { writer, segments, checkpoints, failure, abandon, metrics };
     let thread = thread::Builder::new().name("log".into()).spawn(move || worker.run(&queue))?;
     Ok((LogHandle { jobs }, thread))
 }
@@ -87,11 +89,14 @@ struct LogThread {
     segments: Arc<SegmentPool>,
     checkpoints: CheckpointHandle,
     failure: Failure,
+    /// Cancelled when the process will not wait any longer.
+    abandon: CancellationToken,
     metrics: LogMetrics,
 }
 
 impl LogThread {
     fn run(mut self, queue: &Receiver<AppendJob>) {
+        let _guard = FailOnPanic::new(&self.failure, "log thread");
         let mut batch = Vec::new();
         loop {
             let Ok(job) = queue.recv() else { return };
@@ -124,7 +129,7 @@ impl LogThread {
                 Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
                     debug!(%error, "waiting for a segment");
                     self.checkpoints.nudge();
-                    if self.failure.is_set() {
+                    if self.failure.is_set() || self.abandon.is_cancelled() {
                         return None;
                     }
                     thread::sleep(FULL_POLL);

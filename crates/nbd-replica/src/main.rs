@@ -24,13 +24,14 @@ fn run(args: Args) -> Result<(), Failure> {
     let config =
         Config::new(cluster, args.node, args.data_dir, args.tuning).map_err(Failure::usage)?;
     if args.check_config {
-        println!("{config:#?}");
+        print!("{config}");
         return Ok(());
     }
     telemetry::init_logging(args.log_format, None)?;
+    nbd_service::open_files::raise_limit();
     let metrics = telemetry::metrics_recorder()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let signal = shutdown::wait_for_signal();
         tokio::pin!(signal);
         let replica = tokio::select! {
@@ -44,10 +45,15 @@ fn run(args: Args) -> Result<(), Failure> {
             signal = signal => {
                 let signal = signal.context("watch for signals")?;
                 tracing::info!(?signal, "stopping");
-                replica.stop().await;
-                Ok(())
+                replica.stop().await.map_err(|reason| anyhow::anyhow!(reason).into())
             }
-            reason = replica.failed() => Err(anyhow::anyhow!(reason).into()),
+            reason = replica.failed() => {
+                replica.abandon();
+                Err(anyhow::anyhow!(reason).into())
+            }
         }
-    })
+    });
+    // Not waiting for reads that a failed disk may never finish.
+    runtime.shutdown_background();
+    ended
 }

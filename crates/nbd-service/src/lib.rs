@@ -9,6 +9,7 @@
 //! - [`telemetry`]: logs to standard error and the Prometheus recorder.
 //! - [`health`]: the readiness latch and the `/livez`, `/readyz`, `/metrics` routes.
 //! - [`http`]: serving them with a bound on connections and on silent ones.
+//! - [`open_files`]: as many sockets and files as the system allows.
 //! - [`shutdown`]: signals, the stop token, and draining tasks with a deadline.
 //! - [`exit`]: exit codes and the one-line error report.
 //!
@@ -26,6 +27,7 @@ pub mod cluster;
 pub mod exit;
 pub mod health;
 pub mod http;
+pub mod open_files;
 pub mod shutdown;
 pub mod telemetry;
 pub mod units;

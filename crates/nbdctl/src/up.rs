@@ -57,9 +57,10 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     // Warnings only, unless asked otherwise: the output is for a person at a terminal.
     let filter = std::env::var_os("RUST_LOG").is_none().then_some("warn");
     telemetry::init_logging(log_format, filter)?;
+    nbd_service::open_files::raise_limit();
     let metrics = telemetry::metrics_recorder()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let signal = shutdown::wait_for_signal();
         tokio::pin!(signal);
         let replica = tokio::select! {
@@ -80,13 +81,18 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
             signal = signal => {
                 signal.context("watch for signals")?;
                 println!("\nStopping.");
-                replica.stop().await;
-                Ok(())
+                replica.stop().await.map_err(|reason| anyhow::anyhow!(reason).into())
             }
-            reason = replica.failed() => Err(anyhow::anyhow!(reason).into()),
+            reason = replica.failed() => {
+                replica.abandon();
+                Err(anyhow::anyhow!(reason).into())
+            }
             () = ready => unreachable!("waits for ever once it has printed"),
         }
-    })
+    });
+    // Not waiting for reads that a failed disk may never finish.
+    runtime.shutdown_background();
+    ended
 }
 
 fn config(args: Args) -> Result<Config, Failure> {

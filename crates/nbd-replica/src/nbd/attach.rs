@@ -111,6 +111,8 @@ async fn negotiate(
             }
             Some(HandshakeEvent::List) => {
                 handshake.answer_list(list(node).into_iter());
+                // Sent before the next one is made, so that answers never pile up.
+                send(stream, handshake.take_output()).await?;
             }
             Some(HandshakeEvent::Resolve { name, purpose }) => {
                 let answer = match purpose {

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use nbd_proto::{CommandKind, NbdError, ReplyTo};
-use nbd_store::SpaceGrant;
 
 use crate::budget::BytePermit;
 use crate::limits::{MUTATIONS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX};
@@ -23,16 +22,15 @@ pub(crate) struct Pending {
     /// First error of its parts.
     pub(crate) error: Option<NbdError>,
     /// Its share of the byte budget, held until it is answered.
-    pub(crate) _permit: Option<BytePermit>,
-    /// Room on the disk, kept until the mutations are applied.
-    pub(crate) _grant: Option<SpaceGrant>,
+    pub(crate) permit: Option<BytePermit>,
+    /// Bytes of its reply that are being made elsewhere.
+    pub(crate) reply_bytes: usize,
     pub(crate) since: Instant,
 }
 
 impl Pending {
     /// A request of one part, begun now.
     pub(crate) fn new(to: ReplyTo, kind: CommandKind, len: u64) -> Self {
-        let since = Instant::now();
         Self {
             to,
             kind,
@@ -40,9 +38,9 @@ impl Pending {
             parts: 1,
             first_seq: None,
             error: None,
-            _permit: None,
-            _grant: None,
-            since,
+            permit: None,
+            reply_bytes: 0,
+            since: Instant::now(),
         }
     }
 }
@@ -108,11 +106,9 @@ impl InFlight {
         pending
     }
 
-    /// Keeps `grant` until the request ends.
-    pub(crate) fn grant(&mut self, token: usize, grant: SpaceGrant) {
-        if let Some(pending) = &mut self.slots[token] {
-            pending._grant = Some(grant);
-        }
+    /// Takes the byte permit of a request, to be held by its mutations instead.
+    pub(crate) fn take_permit(&mut self, token: usize) -> Option<BytePermit> {
+        self.slots[token].as_mut()?.permit.take()
     }
 
     /// Counts all remaining parts of a request as finished with `error`.

@@ -6,6 +6,8 @@ use std::io::{self, IoSlice};
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::net::TcpStream;
 
+use crate::budget::BytePermit;
+
 /// Slices handed to one vectored write.
 const SLICES_MAX: usize = 64;
 
@@ -18,6 +20,10 @@ pub(crate) struct Output {
     queue: VecDeque<Bytes>,
     queued_bytes: usize,
     buffer: BytesMut,
+    /// Bytes sent so far, over the life of the connection.
+    sent: u64,
+    /// Shares of the byte budget, each with the value of `sent` at which it is given back.
+    permits: VecDeque<(u64, BytePermit)>,
 }
 
 impl Output {
@@ -36,6 +42,16 @@ impl Output {
         self.queue.push_back(bytes);
     }
 
+    /// Keeps a share of the byte budget until all that is queued by now is sent.
+    pub(crate) fn hold(&mut self, permit: BytePermit) {
+        self.permits.push_back((self.sent + self.len() as u64, permit));
+    }
+
+    /// Bytes sent so far.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.queued_bytes + self.buffer.len()
     }
@@ -51,28 +67,26 @@ impl Output {
         }
     }
 
-    /// Sends as much as the socket takes now. `true` if that was something.
-    pub(crate) fn try_send(&mut self, stream: &TcpStream) -> io::Result<bool> {
+    /// Sends as much as the socket takes now.
+    pub(crate) fn try_send(&mut self, stream: &TcpStream) -> io::Result<()> {
         self.seal();
-        let mut progress = false;
         while !self.queue.is_empty() {
             let slices: Vec<IoSlice<'_>> =
                 self.queue.iter().take(SLICES_MAX).map(|bytes| IoSlice::new(bytes)).collect();
             match stream.try_write_vectored(&slices) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(sent) => {
-                    self.consume(sent);
-                    progress = true;
-                }
+                Ok(sent) => self.consume(sent),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
-        Ok(progress)
+        Ok(())
     }
 
     fn consume(&mut self, mut sent: usize) {
         self.queued_bytes -= sent;
+        self.sent += sent as u64;
+        while self.permits.pop_front_if(|(at, _)| *at <= self.sent).is_some() {}
         while sent > 0 {
             let Some(front) = self.queue.front_mut() else { return };
             if front.len() > sent {

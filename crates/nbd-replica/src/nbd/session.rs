@@ -30,16 +30,17 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use nbd_proto::limits::BLOCK_STATUS_EXTENTS_MAX;
 use nbd_proto::{
     Command, CommandKind, Decoded, NbdError, Negotiated, Refused, ReplyEncoder, ReplyTo, Request,
     RequestDecoder, TransmissionError,
 };
-use nbd_store::limits::MUTATION_BYTES_MAX;
+use nbd_store::limits::{BLOCK_BYTES, MUTATION_BYTES_MAX};
 use nbd_store::{AdmissionKind, Outcome, Rejection};
-use tokio::io::{Interest, Ready};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest, Ready};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -53,12 +54,16 @@ use super::{Completion, Node};
 use crate::budget::BytePermit;
 use crate::group_task::GroupStopped;
 use crate::limits::{
-    INPUT_READ_BYTES, MUTATIONS_IN_FLIGHT_MAX, OUTPUT_BYTES_MAX, OUTPUT_STALL_MAX,
-    PAYLOAD_STALL_MAX, REQUESTS_IN_FLIGHT_MAX,
+    INPUT_READ_BYTES, LINGER, MUTATIONS_IN_FLIGHT_MAX, OUTPUT_BYTES_MAX, OUTPUT_PROGRESS_BYTES,
+    OUTPUT_STALL_MAX, PAYLOAD_STALL_MAX, REQUESTS_IN_FLIGHT_MAX, SHORT_RATE_MIN, SHORT_STALL_MAX,
+    STALL_POLL,
 };
 
 /// Completions that can be waiting: one for each mutation and each other request under way.
 const COMPLETIONS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX;
+
+/// Bytes that one extent of a block status takes, in memory and in the widest reply.
+const STATUS_EXTENT_BYTES: u64 = 40;
 
 /// Requests decoded before completions and output get their turn again.
 const TURN_REQUESTS_MAX: usize = 64;
@@ -97,6 +102,10 @@ enum SessionEnd {
     OutputStalled,
     #[error("the client sent nothing of a write's payload for {PAYLOAD_STALL_MAX:?}")]
     PayloadStalled,
+    #[error(
+        "the client is slower than {SHORT_RATE_MIN} bytes a second while others wait for memory"
+    )]
+    InTheWay,
     #[error("{0}")]
     Stopped(#[from] GroupStopped),
 }
@@ -127,7 +136,13 @@ struct Session {
     in_flight: InFlight,
     next_seq: u64,
     output: Output,
-    output_progress: Instant,
+    /// The connection was closed without NBD_CMD_DISC.
+    client_left: bool,
+    /// Bytes of replies that are being made on the blocking pool.
+    reading_bytes: usize,
+    /// While replies wait for the client: since when it has not taken [`OUTPUT_PROGRESS_BYTES`] of
+    /// them, and how much it had taken by then.
+    output_since: Option<(Instant, u64)>,
     /// Where small reads are put together.
     scratch: Vec<u8>,
     completions_tx: mpsc::Sender<Completion>,
@@ -150,7 +165,9 @@ impl Session {
             in_flight: InFlight::default(),
             next_seq: 1,
             output: Output::default(),
-            output_progress: Instant::now(),
+            client_left: false,
+            reading_bytes: 0,
+            output_since: None,
             scratch: Vec::new(),
             completions_tx,
             completions,
@@ -159,7 +176,10 @@ impl Session {
 
     async fn run(mut self) -> Result<(), SessionEnd> {
         let shutdown = self.node.shutdown.token();
-        self.serve(&shutdown).await
+        self.serve(&shutdown).await?;
+        // A client that is gone already has nothing to wait for.
+        let _ = self.linger().await;
+        Ok(())
     }
 
     async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), SessionEnd> {
@@ -168,9 +188,9 @@ impl Session {
                 self.complete(completion).await?;
             }
             let more = self.take_input().await?;
-            if self.output.try_send(&self.stream)? || self.output.is_empty() {
-                self.output_progress = Instant::now();
-            }
+            self.output.try_send(&self.stream)?;
+            self.note_output();
+            self.check_stall()?;
             if matches!(self.stage, Stage::Closing)
                 && self.in_flight.is_empty()
                 && self.output.is_empty()
@@ -190,7 +210,7 @@ impl Session {
     async fn wait(&mut self, shutdown: &CancellationToken) -> Result<(), SessionEnd> {
         let closing = matches!(self.stage, Stage::Closing);
         let interest = self.interest();
-        let deadline = self.stall_deadline();
+        let may_stall = self.may_stall();
         let mut budget_permit = None;
         tokio::select! {
             Some(completion) = self.completions.recv() => self.complete(completion).await?,
@@ -202,7 +222,7 @@ impl Session {
             }
             permit = budget_turn(&mut self.stage) => budget_permit = Some(permit),
             () = shutdown.cancelled(), if !closing => self.close(),
-            () = stalled(deadline) => return Err(self.stall_reason()),
+            () = tokio::time::sleep(STALL_POLL), if may_stall => {}
         }
         if let Some(permit) = budget_permit
             && let Stage::Budget { request, .. } = std::mem::replace(&mut self.stage, Stage::Header)
@@ -212,14 +232,36 @@ impl Session {
         Ok(())
     }
 
-    /// Stops reading. A payload that is not complete never takes effect.
+    /// Stops reading. A payload that is not complete never takes effect; a request that waits for its
+    /// turn is turned away.
     fn close(&mut self) {
-        self.stage = Stage::Closing;
+        let stage = std::mem::replace(&mut self.stage, Stage::Closing);
+        if let Stage::Budget { request, .. } | Stage::Room { request } = stage {
+            self.fail(request.reply_to(), NbdError::Shutdown);
+        }
+    }
+
+    /// Lets the last replies arrive: closing a socket that has unread input would discard them.
+    async fn linger(&mut self) -> io::Result<()> {
+        self.stream.shutdown().await?;
+        let discard = async {
+            loop {
+                self.input.clear();
+                if self.stream.read_buf(&mut self.input).await? == 0 {
+                    return Ok(());
+                }
+            }
+        };
+        tokio::time::timeout(LINGER, discard).await.unwrap_or(Ok(()))
+    }
+
+    fn output_has_room(&self) -> bool {
+        self.output.len() + self.reading_bytes < OUTPUT_BYTES_MAX
     }
 
     fn interest(&self) -> Option<Interest> {
         let read = match &self.stage {
-            Stage::Header => self.output.len() < OUTPUT_BYTES_MAX,
+            Stage::Header => self.output_has_room(),
             Stage::Payload(_) => true,
             Stage::Budget { .. } | Stage::Room { .. } | Stage::Closing => false,
         };
@@ -232,21 +274,43 @@ impl Session {
         }
     }
 
-    fn stall_deadline(&self) -> Option<Instant> {
-        let output = (!self.output.is_empty()).then(|| self.output_progress + OUTPUT_STALL_MAX);
-        let payload = match &self.stage {
-            Stage::Payload(payload) => Some(payload.progress + PAYLOAD_STALL_MAX),
-            _ => None,
+    /// Keeps account of how the client takes its replies.
+    fn note_output(&mut self) {
+        let sent = self.output.sent();
+        self.output_since = match self.output_since {
+            _ if self.output.is_empty() => None,
+            Some((since, before)) if sent - before < OUTPUT_PROGRESS_BYTES => Some((since, before)),
+            _ => Some((Instant::now(), sent)),
         };
-        [output, payload].into_iter().flatten().min()
     }
 
-    fn stall_reason(&self) -> SessionEnd {
-        if !self.output.is_empty() && self.output_progress.elapsed() >= OUTPUT_STALL_MAX {
-            SessionEnd::OutputStalled
-        } else {
-            SessionEnd::PayloadStalled
+    /// Whether the client may be in the way of others by being slow.
+    fn may_stall(&self) -> bool {
+        !self.output.is_empty() || matches!(self.stage, Stage::Payload(_))
+    }
+
+    /// Ends the connection if its client has been too slow for too long.
+    fn check_stall(&self) -> Result<(), SessionEnd> {
+        let short = self.node.budget.is_short();
+        if let Some((since, sent)) = self.output_since {
+            let (slow_for, moved) = (since.elapsed(), self.output.sent() - sent);
+            if slow_for >= OUTPUT_STALL_MAX {
+                return Err(SessionEnd::OutputStalled);
+            }
+            if short && is_slow(moved, slow_for) {
+                return Err(SessionEnd::InTheWay);
+            }
         }
+        if let Stage::Payload(payload) = &self.stage {
+            if payload.progress.elapsed() >= PAYLOAD_STALL_MAX {
+                return Err(SessionEnd::PayloadStalled);
+            }
+            let received = payload.len - self.decoder.payload_remaining();
+            if short && is_slow(received, payload.since.elapsed()) {
+                return Err(SessionEnd::InTheWay);
+            }
+        }
+        Ok(())
     }
 
     /// Reads from the socket: into the payload's own buffer when a large one is arriving, else into
@@ -279,6 +343,7 @@ impl Session {
             }
             Ok(0) => {
                 debug!("the client closed the connection");
+                self.client_left = true;
                 self.close();
                 Ok(())
             }
@@ -309,7 +374,7 @@ impl Session {
                     }
                 }
                 Stage::Header => {
-                    if self.output.len() >= OUTPUT_BYTES_MAX || !self.decode().await? {
+                    if !self.output_has_room() || !self.decode().await? {
                         return Ok(false);
                     }
                 }
@@ -383,8 +448,8 @@ impl Session {
                 let kind = AdmissionKind::WriteZeroes { no_hole };
                 self.begin_range(to, CommandKind::WriteZeroes, kind, offset, len).await?;
             }
-            (Command::BlockStatus { offset, len, req_one }, _) if len > 0 => {
-                self.begin_status(to, offset, len, req_one);
+            (Command::BlockStatus { offset, len, req_one }, Some(permit)) => {
+                self.begin_status(to, offset, len, req_one, permit);
             }
             // Every reply that was sent is durable already, there is no cache to warm, and a
             // request of no bytes has nothing to do.
@@ -411,6 +476,11 @@ impl Session {
                     self.answer(&pending);
                 }
             }
+            // What was not proposed when the client left never is: it may be sending it again, and newer
+            // writes behind it, over another connection.
+            Completion::Granted { token, .. } if self.client_left => {
+                self.in_flight.refuse(token, NbdError::Shutdown);
+            }
             Completion::Granted { token, grant, commands } => {
                 self.propose_granted(token, grant, commands).await?;
             }
@@ -421,10 +491,14 @@ impl Session {
             }
             Completion::Read { token, result } => {
                 let error = result.as_ref().err().copied();
-                if let Some(pending) = self.in_flight.finish_part(token, error) {
+                if let Some(mut pending) = self.in_flight.finish_part(token, error) {
+                    self.reading_bytes -= pending.reply_bytes;
                     match result {
                         Ok(data) => {
                             self.send_read(pending.to, data);
+                            if let Some(permit) = pending.permit.take() {
+                                self.output.hold(permit);
+                            }
                             let elapsed = pending.since.elapsed();
                             self.node.metrics.request(pending.kind, pending.len, elapsed);
                         }
@@ -434,11 +508,15 @@ impl Session {
             }
             Completion::Status { token, result } => {
                 let error = result.as_ref().err().copied();
-                if let Some(pending) = self.in_flight.finish_part(token, error) {
+                if let Some(mut pending) = self.in_flight.finish_part(token, error) {
+                    self.reading_bytes -= pending.reply_bytes;
                     match (result, self.context) {
                         (Ok(extents), Some(context)) => {
                             let out = self.output.buffer();
                             self.encoder.block_status(out, &pending.to, context, &extents, true);
+                            if let Some(permit) = pending.permit.take() {
+                                self.output.hold(permit);
+                            }
                             let elapsed = pending.since.elapsed();
                             self.node.metrics.request(pending.kind, pending.len, elapsed);
                         }
@@ -469,6 +547,7 @@ fn cost(command: &Command) -> (usize, u64) {
         }
         Command::Read { len, .. } => (0, len),
         Command::Trim { .. } | Command::WriteZeroes { .. } => (1, 0),
+        Command::BlockStatus { len, req_one, .. } => (0, status_bytes(len, req_one)),
         _ => (0, 0),
     }
 }
@@ -510,9 +589,14 @@ async fn budget_turn(stage: &mut Stage) -> BytePermit {
     }
 }
 
-async fn stalled(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
-        None => std::future::pending().await,
-    }
+/// Whether `bytes` in `elapsed` is too slow for a connection that others wait for.
+fn is_slow(bytes: u64, elapsed: Duration) -> bool {
+    elapsed >= SHORT_STALL_MAX
+        && u128::from(bytes) * 1000 < u128::from(SHORT_RATE_MIN) * elapsed.as_millis()
+}
+
+/// Bytes that the reply to a block status request may take.
+fn status_bytes(len: u64, req_one: bool) -> u64 {
+    let extents = if req_one { 1 } else { len.div_ceil(BLOCK_BYTES) + 1 };
+    extents.min(BLOCK_STATUS_EXTENTS_MAX as u64) * STATUS_EXTENT_BYTES
 }

@@ -100,8 +100,8 @@ fn survive(flags: &[&str], rounds: u32) {
 fn acknowledged_writes_survive_kill_9() {
     // Small log and frequent checkpoints: kills land in checkpoints, rotations and recycling too.
     let flags = [
-        "--log-segment-bytes=1MiB",
-        "--log-bytes-max=8MiB",
+        "--log-segment-bytes=4MiB",
+        "--log-bytes-max=16MiB",
         "--checkpoint-log-bytes=2MiB",
         "--log-cache-bytes=1MiB",
     ];

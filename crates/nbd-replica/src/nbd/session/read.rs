@@ -10,7 +10,7 @@ use tracing::{error, warn};
 
 use super::super::in_flight::Pending;
 use super::super::{Completion, ReadData};
-use super::Session;
+use super::{Session, status_bytes};
 use crate::budget::BytePermit;
 use crate::limits::INLINE_READ_BYTES_MAX;
 
@@ -26,7 +26,7 @@ impl Session {
         dont_fragment: bool,
         permit: BytePermit,
     ) {
-        let pending = Pending { _permit: Some(permit), ..Pending::new(to, CommandKind::Read, len) };
+        let mut pending = Pending::new(to, CommandKind::Read, len);
         let reader = self.opened.group.reader();
         let mut plan = match reader.resolve(self.opened.volume.id, offset, len) {
             Ok(plan) => plan,
@@ -37,8 +37,12 @@ impl Session {
         };
         let holes = self.encoder.can_send_holes() && !dont_fragment;
         if len <= INLINE_READ_BYTES_MAX && self.read_inline(to, &mut plan, holes) {
+            self.output.hold(permit);
             return self.node.metrics.request(CommandKind::Read, len, pending.since.elapsed());
         }
+        pending.permit = Some(permit);
+        pending.reply_bytes = plan.len();
+        self.reading_bytes += plan.len();
         let token = self.in_flight.insert(pending);
         let completions = self.completions_tx.clone();
         let reader = self.opened.group.reader().clone();
@@ -105,8 +109,19 @@ impl Session {
         }
     }
 
-    pub(super) fn begin_status(&mut self, to: ReplyTo, offset: u64, len: u64, req_one: bool) {
-        let token = self.in_flight.insert(Pending::new(to, CommandKind::BlockStatus, len));
+    pub(super) fn begin_status(
+        &mut self,
+        to: ReplyTo,
+        offset: u64,
+        len: u64,
+        req_one: bool,
+        permit: BytePermit,
+    ) {
+        let mut pending = Pending::new(to, CommandKind::BlockStatus, len);
+        pending.permit = Some(permit);
+        pending.reply_bytes = usize::try_from(status_bytes(len, req_one)).unwrap_or(usize::MAX);
+        self.reading_bytes += pending.reply_bytes;
+        let token = self.in_flight.insert(pending);
         let reader = self.opened.group.reader().clone();
         let volume = self.opened.volume.id;
         let completions = self.completions_tx.clone();

@@ -14,7 +14,7 @@ use super::super::in_flight::Pending;
 use super::super::{Completion, Node};
 use super::{Session, SessionEnd, Stage};
 use crate::budget::BytePermit;
-use crate::group_task::{GroupStopped, Reply};
+use crate::group_task::{GroupStopped, Hold, Reply};
 use crate::limits::SPACE_ATTEMPTS_MAX;
 use tracing::error;
 
@@ -26,10 +26,10 @@ pub(super) const DIRECT_READ_BYTES_MIN: usize = 16 << 10;
 pub(super) struct PayloadStage {
     to: ReplyTo,
     offset: u64,
-    len: u64,
+    pub(super) len: u64,
     first_seq: u64,
     permit: BytePermit,
-    since: Instant,
+    pub(super) since: Instant,
     /// Where the next mutation begins.
     next: u64,
     /// One for each mutation, in order; all but the last are full.
@@ -63,13 +63,12 @@ impl Session {
         let Stage::Payload(payload) = std::mem::replace(&mut self.stage, Stage::Header) else {
             unreachable!("only in this stage")
         };
-        let PayloadStage { to, offset, len, first_seq, permit, since, parts, .. } = payload;
+        let PayloadStage { to, offset, len, first_seq, permit, parts, .. } = payload;
         self.next_seq += parts.len() as u64;
         let pending = Pending {
             parts: parts.len(),
             first_seq: Some(first_seq),
-            _permit: Some(permit),
-            since,
+            permit: Some(permit),
             ..Pending::new(to, CommandKind::Write, len)
         };
         let token = self.in_flight.insert(pending);
@@ -118,10 +117,12 @@ impl Session {
         grant: SpaceGrant,
         commands: Vec<Bytes>,
     ) -> Result<(), GroupStopped> {
-        self.in_flight.grant(token, grant);
+        let permit = self.in_flight.take_permit(token);
+        let hold = Arc::new(Hold { _permit: permit, _grant: grant });
         for command in commands {
-            let completions = self.completions_tx.clone();
-            self.opened.group.propose(command, Reply::Session { completions, token }).await?;
+            let (completions, hold) = (self.completions_tx.clone(), Arc::clone(&hold));
+            let reply = Reply::Session { completions, token, hold };
+            self.opened.group.propose(command, reply).await?;
         }
         Ok(())
     }
@@ -215,15 +216,20 @@ struct SpaceLook {
 }
 
 impl SpaceLook {
+    /// The first look may come at a moment when what a trim gave back is on its way between two
+    /// counts, so a refusal stands only behind a checkpoint that began after the request came.
     async fn run(self) -> Result<SpaceGrant, NbdError> {
-        for _ in 0..SPACE_ATTEMPTS_MAX {
+        for attempt in 0..=SPACE_ATTEMPTS_MAX {
             let reader = self.reader.clone();
             let (volume, offset, len, kind) = (self.volume, self.offset, self.len, self.kind);
             let look = move || reader.admit(volume, offset, len, kind);
-            match tokio::task::spawn_blocking(look).await {
+            let looked = tokio::task::spawn_blocking(look).await;
+            match looked {
                 Ok(Ok(Admission::Granted(grant))) => return Ok(grant),
-                Ok(Ok(Admission::NoSpace)) => return Err(NbdError::NoSpc),
-                Ok(Ok(Admission::NeedCheckpoint)) => self.node.checkpoints.attempt().await,
+                Ok(Ok(Admission::NoSpace)) if attempt > 0 => return Err(NbdError::NoSpc),
+                Ok(Ok(Admission::NoSpace | Admission::NeedCheckpoint)) => {
+                    self.node.checkpoints.attempt().await;
+                }
                 Ok(Err(error)) => {
                     error!(%error, "cannot look for room");
                     return Err(NbdError::Io);
