@@ -265,8 +265,8 @@ impl Replica {
         self.failure.reason().map_or(Ok(()), Err)
     }
 
-    /// Gives the node up after its disk has failed. Keeps the data directory locked until the process
-    /// ends: its threads may still be writing.
+    /// Gives the node up after its disk has failed. Keeps the data directory locked until the
+    /// process ends: its threads may still be writing.
     pub fn abandon(self) {
         std::mem::forget(self.lock);
     }

@@ -55,8 +55,8 @@ impl Failure {
     }
 }
 
-/// Makes a panic of the thread or task that holds it the node's failure: what panicked cannot be done
-/// without, and nobody must wait for it.
+/// Makes a panic of the thread or task that holds it the node's failure: what panicked cannot be
+/// done without, and nobody must wait for it.
 #[derive(Debug)]
 pub(crate) struct FailOnPanic {
     failure: Failure,

@@ -9,8 +9,8 @@
 //!                               └────────────┘ ──status─────▶ health, readers (watch)
 //! ```
 //!
-//! Exit: when the last [`GroupKeeper`] is dropped, the node fails, or the process stops waiting. Proposers then see their reply
-//! channel closed.
+//! Exit: when the last [`GroupKeeper`] is dropped, the node fails, or the process stops waiting.
+//! Proposers then see their reply channel closed.
 //!
 //! Requests are taken in only while fewer than
 //! [`APPENDS_IN_FLIGHT_MAX`](crate::limits::APPENDS_IN_FLIGHT_MAX) log writes are under way; what
@@ -433,8 +433,8 @@ impl GroupTask {
         }
     }
 
-    /// Sessions belong to connections of the process that opened them, and none of those outlives it:
-    /// what recovery found open is over.
+    /// Sessions belong to connections of the process that opened them, and none of those outlives
+    /// it: what recovery found open is over.
     fn end_stale_sessions(&mut self) {
         let mut packer = Packer::default();
         for session in std::mem::take(&mut self.stale_sessions) {

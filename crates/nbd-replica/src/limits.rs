@@ -13,9 +13,9 @@ pub(crate) const REQUESTS_IN_FLIGHT_MAX: usize = 128;
 /// machine could no longer tell a repeated mutation from a new one.
 pub(crate) const MUTATIONS_IN_FLIGHT_MAX: usize = 256;
 
-/// Bytes of replies, and of reads under way, that may wait for one connection's client to take them.
-/// Past it the replica decodes no further request of that client. One maximal read (32 MiB) may
-/// always be under way. 2 MiB keeps a client busy that reads 1 MiB at a time.
+/// Bytes of replies, and of reads under way, that may wait for one connection's client to take
+/// them. Past it the replica decodes no further request of that client. One maximal read (32 MiB)
+/// may always be under way. 2 MiB keeps a client busy that reads 1 MiB at a time.
 pub(crate) const OUTPUT_BYTES_MAX: usize = 2 << 20;
 
 /// Bytes asked of a socket in one read while looking for request headers. 64 KiB holds 15 writes of

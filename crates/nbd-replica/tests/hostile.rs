@@ -42,8 +42,8 @@ use self::slow::{Fate, Herd};
 const MIB: u64 = 1 << 20;
 
 /// The most memory that a node may take under any of these attacks, unless its test says otherwise:
-/// the budget for requests (96 MiB), caches (48 MiB of log here unless said otherwise, 16 + 32 MiB of
-/// metadata) and 64 MiB for everything else.
+/// the budget for requests (96 MiB), caches (48 MiB of log here unless said otherwise, 16 + 32 MiB
+/// of metadata) and 64 MiB for everything else.
 const RSS_MAX: u64 = 256 * MIB;
 
 const STYLES: [ReplyStyle; 3] = [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended];
@@ -340,10 +340,17 @@ fn clients_that_do_not_read_their_replies_cost_little() {
     scene.finish();
 }
 
+/// Clients that announce a payload of 32 MiB and send a byte at a time.
+const TRICKLERS: usize = 8;
+
+/// Longest wait of a large write behind them: two of them hold the room at a time, and lose it
+/// after 5 s.
+const TRICKLED_WAIT_MAX: Duration = Duration::from_secs(45);
+
 #[test]
 fn trickled_payloads_hold_up_no_small_request() {
     let scene = Scene::start(Cluster::builder().argument("--log-cache-bytes=4MiB"));
-    let mut clients: Vec<NbdClient> = (0..32)
+    let mut clients: Vec<NbdClient> = (0..TRICKLERS)
         .map(|number| {
             let style = STYLES[number % 3];
             let mut client = attach(scene.node(), VICTIM, style);
@@ -352,10 +359,27 @@ fn trickled_payloads_hold_up_no_small_request() {
             client
         })
         .collect();
-    for _ in 0..40 {
-        clients.iter_mut().for_each(|client| client.stream().write_all(&[0xee]).unwrap());
+    // A client that means what it announces gets its turn: who holds room for a large payload and
+    // does not fill it while others wait is disconnected.
+    let address = scene.node().nbd_address();
+    let large = thread::spawn(move || {
+        let mut client = NbdClient::connect(address, "large").unwrap();
+        let began = Instant::now();
+        client.write(0, &vec![7; 32 << 20]).unwrap();
+        began.elapsed()
+    });
+    let mut dropped = 0;
+    while !large.is_finished() {
+        dropped = 0;
+        for client in &mut clients {
+            dropped += usize::from(client.stream().write_all(&[0xee]).is_err());
+        }
         thread::sleep(Duration::from_millis(100));
     }
+    let waited = large.join().unwrap();
+    println!("a large write behind {TRICKLERS} tricklers took {waited:?}; {dropped} were dropped");
+    assert!(dropped < clients.len(), "those that hold nothing are not in the way");
+    assert!(waited < TRICKLED_WAIT_MAX, "a large write waited {waited:?}");
     let rss = process::rss_peak_bytes(scene.node().pid());
     println!("rss peak with {} payloads announced: {rss}", clients.len());
     assert!(rss < RSS_MAX, "the node took {rss} bytes of memory");

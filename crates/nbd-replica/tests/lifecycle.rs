@@ -266,8 +266,8 @@ fn requests_received_before_sigterm_are_answered() {
     assert_eq!(client.read(0, 8 * 4096).unwrap(), [9; 8 * 4096]);
 }
 
-/// Clients that do nothing: attached, silent, in the middle of an option, half closed, in the middle
-/// of a payload; and one of HTTP in the middle of its request.
+/// Clients that do nothing: attached, silent, in the middle of an option, half closed, in the
+/// middle of a payload; and one of HTTP in the middle of its request.
 fn idlers(node: &NodeProcess) -> (Vec<NbdClient>, Vec<TcpStream>) {
     let mut attached: Vec<_> = (0..10).map(|_| node.connect("idle").unwrap()).collect();
     let mut out = BytesMut::new();
@@ -441,9 +441,9 @@ fn flags_that_cannot_be_are_usage_errors() {
     let unknown = [&description.flags[0], "--node=z", &description.flags[2]];
     Run::new(&unknown, &[]).fails(64, &["node z", "a, b, c"]);
     let out_of_range = [
-        ("--log-segment-bytes", "512KiB"),
+        ("--log-segment-bytes", "2MiB"),
         ("--log-segment-bytes", "2GiB"),
-        ("--log-segment-bytes", "1049088"),
+        ("--log-segment-bytes", "4194816"),
         ("--log-bytes-max", "128MiB"),
         ("--log-cache-bytes", "1KiB"),
         ("--checkpoint-log-bytes", "600MiB"),
@@ -768,9 +768,9 @@ impl Filler {
 fn start_on(disk: &Path) -> Cluster {
     let mut cluster = Cluster::builder()
         .default_size("128MiB")
-        .argument("--log-segment-bytes=1MiB")
-        .argument("--log-bytes-max=8MiB")
-        .argument("--checkpoint-log-bytes=2MiB")
+        .argument("--log-segment-bytes=4MiB")
+        .argument("--log-bytes-max=16MiB")
+        .argument("--checkpoint-log-bytes=4MiB")
         .argument("--space-reserve=4MiB")
         .prepare();
     // Only the data is on the small disk; what the process prints is not to be lost with it.

@@ -32,8 +32,8 @@ pub(crate) const IDENTITY_FILE: &str = "identity";
 const UNFINISHED_FILE: &str = "identity.new";
 /// Name of the lock file.
 pub(crate) const LOCK_FILE: &str = "lock";
-/// What a directory without identity may hold: what is there before the identity is, and what a file
-/// system puts into its root.
+/// What a directory without identity may hold: what is there before the identity is, and what a
+/// file system puts into its root.
 const HARMLESS_FILES: [&str; 3] = [LOCK_FILE, UNFINISHED_FILE, "lost+found"];
 
 const MAGIC: [u8; 8] = *b"CNDRBLCK";

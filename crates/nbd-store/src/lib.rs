@@ -21,7 +21,8 @@
 //! - [`space`]: whether there is room for a mutation.
 //! - [`limits`]: every bound, by name.
 //!
-//! **Invariants.** A read never returns bytes that do not have their checksum. Nothing that the last
+//! **Invariants.** A read never returns bytes that do not have their checksum. Nothing that the
+//!  last
 //! durable checkpoint refers to is overwritten, except by blocks whose new content is in the log.
 
 pub mod checkpoint;

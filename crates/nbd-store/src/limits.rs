@@ -55,9 +55,9 @@ pub const GROWTH_SLOTS: u64 = 1024;
 /// overwritten in part: such a chunk needs a fresh slot before its old one is free.
 pub const SPARE_SLOTS: u64 = 64;
 
-/// Disk space kept for the metadata database, in bytes: neither admission nor the data file's growth
-/// takes it. The database must never meet a full disk, for it refuses all service after a failed
-/// write; and it writes each page that it changes to a new place first.
+/// Disk space kept for the metadata database, in bytes: neither admission nor the data file's
+/// growth takes it. The database must never meet a full disk, for it refuses all service after a
+/// failed write; and it writes each page that it changes to a new place first.
 pub const META_HEADROOM_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Disk space below which no checkpoint begins, in bytes.

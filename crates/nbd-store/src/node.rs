@@ -58,8 +58,8 @@ pub struct StoreOptions {
     pub log_bytes_max: u64,
     /// Memory for recent log entries, in bytes.
     pub log_cache_bytes: usize,
-    /// Bytes of log after which it is time for a checkpoint. Well below `log_bytes_max`, so that the
-    /// log does not fill while one runs.
+    /// Bytes of log after which it is time for a checkpoint. Well below `log_bytes_max`, so that
+    /// the log does not fill while one runs.
     pub checkpoint_log_bytes: u64,
     /// Memory for the homes of chunks, in bytes: about 200 for each chunk of 64 KiB.
     pub meta_cache_bytes: usize,
@@ -285,8 +285,9 @@ impl Home {
 }
 
 impl Home {
-    /// Takes over the votes found in the log, and frees what an earlier run had no time to free: were
-    /// the log full of it, nothing could be appended, and no checkpoint would have a reason to run.
+    /// Takes over the votes found in the log, and frees what an earlier run had no time to free:
+    /// were the log full of it, nothing could be appended, and no checkpoint would have a reason to
+    /// run.
     fn settle(
         &mut self,
         scans: &BTreeMap<ShardId, ShardScan>,

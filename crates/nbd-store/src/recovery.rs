@@ -122,8 +122,8 @@ impl ShardScan {
     /// The hard state to go on with, once all records were seen.
     ///
     /// # Errors
-    /// [`MissingEntries`] when the entries have a gap, or end before what the checkpoint knows to be
-    /// committed.
+    /// [`MissingEntries`] when the entries have a gap, or end before what the checkpoint knows to
+    /// be committed.
     pub(crate) fn hard_state(&self) -> Result<HardState, MissingEntries> {
         if let Some(missing) = self.missing {
             return Err(missing);

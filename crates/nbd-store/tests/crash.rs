@@ -1,4 +1,5 @@
-//! Power loss at every durability operation: nothing acknowledged is ever lost, nothing is ever mixed.
+//! Power loss at every durability operation: nothing acknowledged is ever lost, nothing is ever
+//! mixed.
 
 #![allow(
     clippy::unwrap_used,

@@ -24,7 +24,8 @@ enum Step {
     Reopen,
 }
 
-/// Ranges of all sorts: aligned or not, one byte to the whole volume, across chunks and up to the end.
+/// Ranges of all sorts: aligned or not, one byte to the whole volume, across chunks and up to the
+/// end.
 fn ranges() -> impl Strategy<Value = (u64, u64)> {
     let size = SIZE as u64;
     let any = (0..size, 1..size).prop_map(move |(offset, len)| (offset, len.min(size - offset)));

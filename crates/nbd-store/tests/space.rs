@@ -86,8 +86,8 @@ fn filled() -> Filled {
 fn a_full_disk_refuses_new_chunks_and_nothing_else() {
     let mut all = filled();
     let (volume, chunks) = (all.volume, all.chunks);
-    // Overwrites of allocated chunks go on, in whole and in part, of all chunks at once, which needs
-    // more fresh slots than there are.
+    // Overwrites of allocated chunks go on, in whole and in part, of all chunks at once, which
+    // needs more fresh slots than there are.
     for round in 2..5 {
         for chunk in 0..chunks {
             let op = match (chunk + round) % 3 {
@@ -158,7 +158,8 @@ fn grants_are_counted_until_they_are_dropped() {
 fn a_checkpoint_without_room_changes_nothing_and_is_made_up_for() {
     let mut all = filled();
     let (volume, chunks) = (all.volume, all.chunks);
-    // Somebody else fills the disk: what was admitted does not fit any more. (Nobody was asked here.)
+    // Somebody else fills the disk: what was admitted does not fit any more. (Nobody was asked
+    // here.)
     for chunk in chunks..chunks + 100 {
         let (offset, len) = write(chunk, 5).range();
         let bytes = common::pattern(5, offset, len);

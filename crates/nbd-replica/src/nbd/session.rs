@@ -187,8 +187,11 @@ impl Session {
             while let Ok(completion) = self.completions.try_recv() {
                 self.complete(completion).await?;
             }
-            let more = self.take_input().await?;
+            let mut more = self.take_input().await?;
+            let held_back = !self.output_has_room();
             self.output.try_send(&self.stream)?;
+            // Requests that were held back may be here already: no event would tell.
+            more |= held_back && self.output_has_room();
             self.note_output();
             self.check_stall()?;
             if matches!(self.stage, Stage::Closing)
@@ -232,8 +235,8 @@ impl Session {
         Ok(())
     }
 
-    /// Stops reading. A payload that is not complete never takes effect; a request that waits for its
-    /// turn is turned away.
+    /// Stops reading. A payload that is not complete never takes effect; a request that waits for
+    /// its turn is turned away.
     fn close(&mut self) {
         let stage = std::mem::replace(&mut self.stage, Stage::Closing);
         if let Stage::Budget { request, .. } | Stage::Room { request } = stage {
@@ -476,8 +479,8 @@ impl Session {
                     self.answer(&pending);
                 }
             }
-            // What was not proposed when the client left never is: it may be sending it again, and newer
-            // writes behind it, over another connection.
+            // What was not proposed when the client left never is: it may be sending it again, and
+            // newer writes behind it, over another connection.
             Completion::Granted { token, .. } if self.client_left => {
                 self.in_flight.refuse(token, NbdError::Shutdown);
             }

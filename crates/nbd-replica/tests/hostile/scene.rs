@@ -9,9 +9,9 @@ use nbd_testkit::{Cluster, ClusterBuilder, ConnectOptions, NbdClient, NodeProces
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngCore as _, SeedableRng as _};
 
-/// The longest that any request of a good client may take. Far above what is normal (a millisecond),
-/// so that a busy machine is not taken for a fault; far below what a client that waits behind a
-/// hostile one would see (10 s handshakes, 30 s payloads, 60 s replies).
+/// The longest that any request of a good client may take. Far above what is normal (a
+/// millisecond), so that a busy machine is not taken for a fault; far below what a client that
+/// waits behind a hostile one would see (10 s handshakes, 30 s payloads, 60 s replies).
 const LATENCY_MAX: Duration = Duration::from_secs(5);
 
 /// Blocks of the good client's volume that it uses.

@@ -218,8 +218,8 @@ fn garble(random: &mut StdRng, bytes: &mut Vec<u8>) {
     }
 }
 
-/// Plays one session: sends `bytes` in up to three pieces, and leaves. The server may close whenever
-/// it likes.
+/// Plays one session: sends `bytes` in up to three pieces, and leaves. The server may close
+/// whenever it likes.
 pub(crate) fn play(
     address: (&'static str, u16),
     bytes: &[u8],

@@ -1,5 +1,5 @@
-//! Blocks on their way home: fetched in the order in which they lie in the log, written in the order
-//! of their slots.
+//! Blocks on their way home: fetched in the order in which they lie in the log, written in the
+//! order of their slots.
 
 use std::io;
 
@@ -172,8 +172,8 @@ fn data_error(source: io::Error) -> CheckpointError {
     CheckpointError::Data { source }
 }
 
-/// Whether `bytes` have their checksum, if need be after reading them once more: what was damaged on
-/// the way is right the second time, what is damaged at its place is not.
+/// Whether `bytes` have their checksum, if need be after reading them once more: what was damaged
+/// on the way is right the second time, what is damaged at its place is not.
 fn ensure<E>(
     bytes: &mut [u8],
     crc: u32,

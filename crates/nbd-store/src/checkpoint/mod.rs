@@ -18,10 +18,11 @@
 //!
 //! When slots run out, or one transaction has changed enough, 4 to 7 are done for what has been
 //! placed, with the old applied index, which makes the slots left so far free, and then go on with
-//! the rest. Replaying the log over such a half-way state gives the same result as over the old one:
-//! it rewrites every block that changed.
+//! the rest. Replaying the log over such a half-way state gives the same result as over the old
+//! one: it rewrites every block that changed.
 //!
-//! **Rules.** What the last durable transaction refers to is overwritten only by a block whose whole
+//! **Rules.** What the last durable transaction refers to is overwritten only by a block whose
+//!  whole
 //! new content is in the log behind that transaction's applied index. A slot that a transaction
 //! leaves is not taken before that transaction is durable and read plans from before are gone. Log
 //! segments are freed behind a durable transaction only. A failed sync or transaction is final.
@@ -415,8 +416,8 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard states
-    /// of shards that applied nothing. Returns the shards' records to be.
+    /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard
+    /// states of shards that applied nothing. Returns the shards' records to be.
     fn put_metadata(
         &self,
         txn: &WriteTransaction,

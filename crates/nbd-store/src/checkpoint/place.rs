@@ -19,8 +19,8 @@ pub(super) enum Placing {
 }
 
 impl Checkpointer {
-    /// Gives one piece of work its place: its home in the table, or in the batch if there are blocks
-    /// to write.
+    /// Gives one piece of work its place: its home in the table, or in the batch if there are
+    /// blocks to write.
     pub(super) fn place(
         &mut self,
         table: &mut ChunkTable<'_>,

@@ -9,8 +9,8 @@
 //! | `chunks` | (volume u64, chunk u64) | see [`super::meta`] |
 //! | `slots` | region u32 | see [`super::slots`] |
 //!
-//! Commits are in two phases with the allocator's state in them ("quick repair"): a commit costs one
-//! more sync, and opening after a crash need not walk the whole file.
+//! Commits are in two phases with the allocator's state in them ("quick repair"): a commit costs
+//! one more sync, and opening after a crash need not walk the whole file.
 
 use std::io;
 use std::ops::Range;

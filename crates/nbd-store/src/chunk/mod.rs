@@ -4,8 +4,8 @@
 //! - [`slots`]: which slots are in use.
 //! - [`database`]: the metadata database, redb on our own disk trait.
 //!
-//! [`Base`] joins them for readers. Its cache may only ever hold what the newest durable transaction
-//! says: see [`Base::forget`].
+//! [`Base`] joins them for readers. Its cache may only ever hold what the newest durable
+//! transaction says: see [`Base::forget`].
 
 pub(crate) mod database;
 pub(crate) mod meta;

@@ -1,8 +1,8 @@
 //! Records of the metadata database: how each is sealed, and the small ones' formats.
 //!
-//! redb checks its pages' checksums only when it repairs, so every value carries a CRC32C of its own
-//! in its last four bytes, over key and body: a flipped bit is noticed where it is read, and a value
-//! is never taken for another key's.
+//! redb checks its pages' checksums only when it repairs, so every value carries a CRC32C of its
+//! own in its last four bytes, over key and body: a flipped bit is noticed where it is read, and a
+//! value is never taken for another key's.
 //!
 //! ```text
 //! sealed value:  | body | CRC32C of (key, body) u32 |

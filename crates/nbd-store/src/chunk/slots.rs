@@ -4,10 +4,10 @@
 //! 4096 bytes, sealed as in [`super::record`]. Slot `n` is bit `n % 8` of byte `n % 32768 / 8` of
 //! region `n / 32768`; set means in use. A region without a value is all free.
 //!
-//! In memory a slot is in one of four states: free, in use, *taken* (chosen by the transaction being
-//! built: free again if that is given up) and *leaving* (in use by the last durable transaction, not
-//! by the one being built). A leaving slot is free only once that transaction is durable and no
-//! reader holds it: until then a crash, or a reader, still needs what lies there.
+//! In memory a slot is in one of four states: free, in use, *taken* (chosen by the transaction
+//! being built: free again if that is given up) and *leaving* (in use by the last durable
+//! transaction, not by the one being built). A leaving slot is free only once that transaction is
+//! durable and no reader holds it: until then a crash, or a reader, still needs what lies there.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,10 +1,10 @@
 //! What changed since the last checkpoint: for each volume, which blocks lie where in the log, and
 //! which ranges became zero. Pure memory; nothing here does I/O.
 //!
-//! Readers look through up to two overlays, then the base (see [`crate::shard`]). Within one overlay
-//! a chunk is described by its [`OverlayChunk`] if it has one, else by the range of cleared chunks
-//! that contains it, else not at all. A chunk written after its range was cleared starts out as
-//! cleared, so that it never needs the range again.
+//! Readers look through up to two overlays, then the base (see [`crate::shard`]). Within one
+//! overlay a chunk is described by its [`OverlayChunk`] if it has one, else by the range of cleared
+//! chunks that contains it, else not at all. A chunk written after its range was cleared starts out
+//! as cleared, so that it never needs the range again.
 
 mod chunk;
 

@@ -16,8 +16,8 @@ use crate::outcome::{SessionInfo, VolumeInfo};
 use crate::overlay::{BlockBase, Layer, VolumeOverlay, ZeroKind};
 use crate::space::{Admission, AdmissionKind};
 
-/// Chunks whose homes are looked up one by one, through the cache. Of more, and there is no bound for
-/// zeroes, only those that exist are walked through.
+/// Chunks whose homes are looked up one by one, through the cache. Of more, and there is no bound
+/// for zeroes, only those that exist are walked through.
 const LOOKED_UP_SINGLY_MAX: u64 = 64;
 
 /// Reads a shard as it is now. Clones are cheap and may be used from any thread.
@@ -168,8 +168,8 @@ impl ShardReader {
     }
 
     /// Finds out where `[offset, offset + len)` lies as of now. No I/O, about a microsecond for a
-    /// block; the plan then fetches the bytes. Hold plans shortly: a checkpoint waits for those from
-    /// before it.
+    /// block; the plan then fetches the bytes. Hold plans shortly: a checkpoint waits for those
+    /// from before it.
     ///
     /// # Errors
     /// [`ReadError::UnknownVolume`], [`ReadError::PastEnd`] (also for an empty range) and

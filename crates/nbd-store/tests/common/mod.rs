@@ -1,4 +1,5 @@
-//! A node of one replica that drives the store as consensus would, and the model it is held against.
+//! A node of one replica that drives the store as consensus would, and the model it is held
+//! against.
 
 #![allow(dead_code, reason = "each test uses a part of it")]
 
