@@ -9,7 +9,8 @@
 //! ```
 //!
 //! `claimed` is an upper bound: most chunks that change have a slot already. While it fits, the
-//! answer is a few atomic operations. Only when it does not are chunks looked up one by one.
+//! answer is a few atomic operations. Only when it does not are chunks looked up one by one, those
+//! of the mutation and those pending.
 
 use std::fmt;
 use std::io;
@@ -175,7 +176,7 @@ impl SpaceGauge {
             return None;
         }
         let needed = kind.chunks(offset, len).map(|range| range.end - range.start).sum();
-        self.grant(needed)
+        self.grant(needed, 0)
     }
 
     /// While checkpoints find no room, the log fills. Its second half is kept for what may make
@@ -193,10 +194,15 @@ impl SpaceGauge {
         self.starved.store(starved, Ordering::Relaxed);
     }
 
-    /// The answer for a mutation of which `homeless` chunks have no slot. Asks the disk afresh.
-    pub(crate) fn admit_precisely(self: &Arc<Self>, homeless: u64) -> io::Result<Admission> {
+    /// The answer for a mutation of which `homeless` chunks have no slot, when `at_home` of the
+    /// pending ones have one and need no other. Asks the disk afresh.
+    pub(crate) fn admit_precisely(
+        self: &Arc<Self>,
+        homeless: u64,
+        at_home: u64,
+    ) -> io::Result<Admission> {
         self.refresh()?;
-        if let Some(grant) = self.grant(homeless) {
+        if let Some(grant) = self.grant(homeless, at_home) {
             return Ok(Admission::Granted(grant));
         }
         // With nothing under way a grant was refused for want of room alone.
@@ -208,12 +214,12 @@ impl SpaceGauge {
         })
     }
 
-    fn grant(self: &Arc<Self>, slots: u64) -> Option<SpaceGrant> {
+    fn grant(self: &Arc<Self>, slots: u64, at_home: u64) -> Option<SpaceGrant> {
         // Added first and looked at second: of two that compete for the last room at most one can
         // miss the other.
         self.granted.fetch_add(slots, Ordering::Relaxed);
         let grant = SpaceGrant { gauge: Arc::clone(self), slots };
-        (slots == 0 || self.claimed() <= self.room()).then_some(grant)
+        (slots == 0 || self.claimed().saturating_sub(at_home) <= self.room()).then_some(grant)
     }
 
     fn claimed(&self) -> u64 {

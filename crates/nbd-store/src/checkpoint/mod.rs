@@ -7,8 +7,8 @@
 //!   4 write      blocks home: in place, or to fresh slots; then sync the data file
 //!   5 commit     one transaction: homes, slots, volumes, sessions, A
 //!   6 publish    the caches forget the old homes, the frozen overlay goes
-//!   7 wait       for read plans from before; then free what only they could still reach: slots that
-//!                were left, log segments up to A
+//!   7 wait       for read plans from before; then free what only they could still reach:
+//!                slots that were left, log segments up to A
 //! ```
 //!
 //! A block goes home in place only if all of it lies in the log: should the machine stop in the

@@ -291,6 +291,13 @@ impl Overlay {
         self.volumes.iter().map(|(id, volume)| (*id, volume))
     }
 
+    /// The chunks with changes, volume by volume; those in cleared ranges are not among them.
+    pub(crate) fn changed_chunks(
+        &self,
+    ) -> impl Iterator<Item = (VolumeId, impl Iterator<Item = ChunkIndex>)> {
+        self.volumes.iter().map(|(volume, overlay)| (*volume, overlay.chunks.keys().copied()))
+    }
+
     /// Upper bound of the chunks that may need a new slot at the next checkpoint.
     pub(crate) const fn pending_chunks(&self) -> u64 {
         self.pending_chunks

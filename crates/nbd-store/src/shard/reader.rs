@@ -241,7 +241,27 @@ impl ShardReader {
         check_range(&self.shard.state.read(), volume, offset, len)?;
         let chunks = kind.chunks(offset, len);
         let homeless = self.homeless(volume, chunks)?;
-        self.shard.space.admit_precisely(homeless).map_err(ReadError::Io)
+        let at_home = self.pending_at_home()?;
+        self.shard.space.admit_precisely(homeless, at_home).map_err(ReadError::Io)
+    }
+
+    /// Chunks that the overlays of this shard count as pending although they have a slot:
+    /// overwritten ones, most often.
+    fn pending_at_home(&self) -> Result<u64, ReadError> {
+        let mut changed: Vec<(VolumeId, Vec<ChunkIndex>)> = Vec::new();
+        {
+            let state = self.shard.state.read();
+            let frozen = state.frozen.as_ref().map(|frozen| &frozen.overlay);
+            for overlay in [Some(&state.active), frozen].into_iter().flatten() {
+                changed.extend(overlay.changed_chunks().map(|(id, chunks)| (id, chunks.collect())));
+            }
+        }
+        let mut at_home = 0;
+        for (volume, chunks) in changed {
+            let homes = self.shard.base.load(volume, chunks)?;
+            at_home += homes.iter().filter(|(_, home)| home.is_some()).count() as u64;
+        }
+        Ok(at_home)
     }
 
     /// Chunks of these ranges that have no slot. What the overlays will need is counted as pending.
