@@ -16,16 +16,42 @@ const SMALL_REQUEST_BYTES_MAX: u64 = 128 << 10;
 #[derive(Debug)]
 pub(crate) struct BytePermit {
     _permit: OwnedSemaphorePermit,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl BytePermit {
+    /// Whether requests wait for what this is a share of: a connection that holds it and gets
+    /// nowhere is then in the way of others.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
 }
 
 /// Bytes of requests that all connections of the process may hold together.
 #[derive(Debug, Clone)]
 pub(crate) struct ByteBudget {
-    small: Arc<Semaphore>,
-    large: Arc<Semaphore>,
-    large_bytes_max: u32,
-    /// Requests that wait for their share.
+    small: Pool,
+    large: Pool,
+}
+
+/// A part of the budget.
+#[derive(Debug, Clone)]
+struct Pool {
+    semaphore: Arc<Semaphore>,
+    bytes_max: u32,
+    /// Requests that wait for their share of it.
     waiting: Arc<AtomicUsize>,
+}
+
+impl Pool {
+    fn new(bytes_max: u32) -> Self {
+        let semaphore = Arc::new(Semaphore::new(bytes_max as usize));
+        Self { semaphore, bytes_max, waiting: Arc::default() }
+    }
+
+    fn permit(&self, permit: OwnedSemaphorePermit) -> BytePermit {
+        BytePermit { _permit: permit, waiting: Arc::clone(&self.waiting) }
+    }
 }
 
 /// Counts a waiting request for as long as it exists.
@@ -43,35 +69,19 @@ impl ByteBudget {
     pub(crate) fn new(bytes_max: u64) -> Self {
         let bytes_max = u32::try_from(bytes_max).unwrap_or(u32::MAX);
         let small = bytes_max / 4;
-        let large = bytes_max - small;
-        Self {
-            small: Arc::new(Semaphore::new(small as usize)),
-            large: Arc::new(Semaphore::new(large as usize)),
-            large_bytes_max: large,
-            waiting: Arc::default(),
-        }
+        Self { small: Pool::new(small), large: Pool::new(bytes_max - small) }
     }
 
-    /// Whether requests are waiting for their share: connections that hold one and get nowhere are
-    /// then in the way of others.
-    pub(crate) fn is_short(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
-    }
-
-    fn share(&self, bytes: u64) -> (&Arc<Semaphore>, u32) {
-        if bytes <= SMALL_REQUEST_BYTES_MAX {
-            (&self.small, u32::try_from(bytes).unwrap_or(u32::MAX))
-        } else {
-            let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.large_bytes_max);
-            (&self.large, bytes)
-        }
+    fn share(&self, bytes: u64) -> (&Pool, u32) {
+        let pool = if bytes <= SMALL_REQUEST_BYTES_MAX { &self.small } else { &self.large };
+        (pool, u32::try_from(bytes).unwrap_or(u32::MAX).min(pool.bytes_max))
     }
 
     /// A permit for `bytes`, or `None` when the budget has no room now.
     pub(crate) fn try_acquire(&self, bytes: u64) -> Option<BytePermit> {
-        let (semaphore, bytes) = self.share(bytes);
-        match Arc::clone(semaphore).try_acquire_many_owned(bytes) {
-            Ok(permit) => Some(BytePermit { _permit: permit }),
+        let (pool, bytes) = self.share(bytes);
+        match Arc::clone(&pool.semaphore).try_acquire_many_owned(bytes) {
+            Ok(permit) => Some(pool.permit(permit)),
             Err(TryAcquireError::NoPermits) => None,
             Err(TryAcquireError::Closed) => unreachable!("the budget is never closed"),
         }
@@ -79,11 +89,11 @@ impl ByteBudget {
 
     /// A permit for `bytes`, waiting in turn for room.
     pub(crate) async fn acquire(&self, bytes: u64) -> BytePermit {
-        let (semaphore, bytes) = self.share(bytes);
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
-        match Arc::clone(semaphore).acquire_many_owned(bytes).await {
-            Ok(permit) => BytePermit { _permit: permit },
+        let (pool, bytes) = self.share(bytes);
+        pool.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(&pool.waiting);
+        match Arc::clone(&pool.semaphore).acquire_many_owned(bytes).await {
+            Ok(permit) => pool.permit(permit),
             Err(_) => unreachable!("the budget is never closed"),
         }
     }
@@ -107,19 +117,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn is_short_only_while_somebody_waits() {
+    async fn a_share_is_wanted_only_while_somebody_waits_for_its_kind() {
         let budget = ByteBudget::new(64 << 20);
-        let all = budget.acquire(48 << 20).await;
+        let (all, small) = (budget.acquire(48 << 20).await, budget.acquire(4096).await);
         let waiter = tokio::spawn({
             let budget = budget.clone();
             async move { drop(budget.acquire(1 << 20).await) }
         });
-        while !budget.is_short() {
+        while !all.is_wanted() {
             tokio::task::yield_now().await;
         }
+        assert!(!small.is_wanted(), "small requests have a budget of their own");
         drop(all);
         waiter.await.unwrap();
-        assert!(!budget.is_short());
+        assert!(!budget.acquire(1 << 20).await.is_wanted());
     }
 
     #[tokio::test]

@@ -13,7 +13,7 @@
 //! Proposers then see their reply channel closed.
 //!
 //! Requests are taken in only while fewer than
-//! [`APPENDS_IN_FLIGHT_MAX`](crate::limits::APPENDS_IN_FLIGHT_MAX) log writes are under way; what
+//! [`APPENDS_IN_FLIGHT_MAX`] log writes are under way; what
 //! gathers meanwhile goes into the next entry together.
 
 use std::collections::{HashMap, VecDeque};

@@ -47,6 +47,11 @@ impl Output {
         self.permits.push_back((self.sent + self.len() as u64, permit));
     }
 
+    /// Whether others wait for what is held here.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.permits.iter().any(|(_, permit)| permit.is_wanted())
+    }
+
     /// Bytes sent so far.
     pub(crate) fn sent(&self) -> u64 {
         self.sent

@@ -294,13 +294,12 @@ impl Session {
 
     /// Ends the connection if its client has been too slow for too long.
     fn check_stall(&self) -> Result<(), SessionEnd> {
-        let short = self.node.budget.is_short();
         if let Some((since, sent)) = self.output_since {
             let (slow_for, moved) = (since.elapsed(), self.output.sent() - sent);
             if slow_for >= OUTPUT_STALL_MAX {
                 return Err(SessionEnd::OutputStalled);
             }
-            if short && is_slow(moved, slow_for) {
+            if self.output.is_wanted() && is_slow(moved, slow_for) {
                 return Err(SessionEnd::InTheWay);
             }
         }
@@ -309,7 +308,7 @@ impl Session {
                 return Err(SessionEnd::PayloadStalled);
             }
             let received = payload.len - self.decoder.payload_remaining();
-            if short && is_slow(received, payload.since.elapsed()) {
+            if payload.permit.is_wanted() && is_slow(received, payload.since.elapsed()) {
                 return Err(SessionEnd::InTheWay);
             }
         }

@@ -28,7 +28,7 @@ pub(super) struct PayloadStage {
     offset: u64,
     pub(super) len: u64,
     first_seq: u64,
-    permit: BytePermit,
+    pub(super) permit: BytePermit,
     pub(super) since: Instant,
     /// Where the next mutation begins.
     next: u64,

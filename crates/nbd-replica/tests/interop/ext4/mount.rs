@@ -67,6 +67,7 @@ impl MountedVolume {
         let mut device = self.device.take().expect("attached until dropped");
         tool("losetup").arg("-d").arg(&device.path).run();
         device.gone = true;
+        assert!(device.lets_go(), "{} still holds its file", device.path.display());
         tool("umount").arg(&self.file.mount_point).run();
         assert!(self.file.ends(), "nbdfuse still runs after {DEADLINE:?}");
         self.file.gone = true;
@@ -101,13 +102,30 @@ impl Drop for MountedDirectory {
 /// A loop device on a file.
 struct LoopDevice {
     path: PathBuf,
+    file: PathBuf,
     gone: bool,
 }
 
 impl LoopDevice {
     fn attach(file: &Path) -> Self {
         let path = tool("losetup").args(["--find", "--show"]).arg(file).run();
-        Self { path: PathBuf::from(path.trim()), gone: false }
+        Self { path: PathBuf::from(path.trim()), file: file.to_owned(), gone: false }
+    }
+
+    /// Waits until the device has let go of its file. `losetup -d` returns before that if anybody
+    /// has the device open, as programs do that look at all devices for a file system.
+    fn lets_go(&self) -> bool {
+        let name = self.path.file_name().expect("a device has a name");
+        let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+        let holds = || {
+            let file = fs::read_to_string(&backing).unwrap_or_default();
+            Path::new(file.trim_end()) == self.file
+        };
+        let deadline = Instant::now() + DEADLINE;
+        while holds() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        !holds()
     }
 }
 
