@@ -842,3 +842,26 @@ fn a_full_disk_refuses_new_places_and_nothing_else() {
     assert!(cluster.node_mut().terminate().success());
     drop(cluster);
 }
+
+/// What waits while a log write is under way is proposed in pieces that the log can hold, however
+/// small it is.
+#[test]
+fn writes_larger_than_the_log_go_through() {
+    let cluster = Cluster::builder()
+        .default_size("64MiB")
+        .argument("--log-segment-bytes=4MiB")
+        .argument("--log-bytes-max=16MiB")
+        .argument("--checkpoint-log-bytes=4MiB")
+        .start();
+    thread::scope(|scope| {
+        for number in 0..4_u8 {
+            let mut client = cluster.node().connect(&format!("large{number}")).unwrap();
+            scope.spawn(move || {
+                let data: Vec<u8> =
+                    (0..32 << 20).map(|at: u32| (at / 4096) as u8 ^ number).collect();
+                client.write(0, &data).unwrap();
+                assert!(client.read(0, data.len()).unwrap() == data);
+            });
+        }
+    });
+}

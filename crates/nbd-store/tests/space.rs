@@ -9,7 +9,7 @@
 mod common;
 
 use common::{BLOCK, CHUNK, MIB, Model, Node, Op, SESSION};
-use nbd_log::io::{CrashStyle, MemoryDisk};
+use nbd_log::io::{CrashStyle, Disk as _, MemoryDisk};
 use nbd_store::{
     Admission, AdmissionKind, CheckpointError, Epoch, Outcome, SpaceGrant, VolumeId, encode_write,
 };
@@ -222,4 +222,45 @@ fn power_loss_between_the_transactions_of_a_checkpoint() {
             return;
         }
     }
+}
+
+/// Somebody else takes what the disk had left, so that what is in the log cannot go home and the
+/// log cannot be freed. Overwrites must end while there is still log for the trim that helps.
+#[test]
+fn a_checkpoint_without_room_leaves_log_for_trims() {
+    let mut all = filled();
+    let volume = all.volume;
+    let taken = 4096;
+    let whole_disk = all.disk.space_available().unwrap();
+    // Partial overwrites of every chunk want fresh slots; there is not even room for one.
+    for chunk in 0..all.chunks {
+        all.change(Op::Write { offset: (chunk * CHUNK + 300) as u64, len: 512, fill: 7 });
+    }
+    all.disk.set_capacity(28 * MIB - whole_disk + taken);
+    let mut overwrites = 0;
+    let refused = loop {
+        let starved = all.node.checkpoint().is_err();
+        let op = Op::Write { offset: (overwrites % 50 * CHUNK) as u64, len: 65_536, fill: 9 };
+        let Admission::Granted(_grant) =
+            all.node.reader.admit(volume, op.range().0, op.range().1, WRITE).unwrap()
+        else {
+            break starved;
+        };
+        all.change(op);
+        overwrites += 1;
+        assert!(overwrites < 1000, "the log is smaller than that");
+    };
+    assert!(refused, "refused although the checkpoint found room");
+    // The log still takes what makes room, and then all goes on.
+    let trim = Op::Trim { offset: (60 * CHUNK) as u64, len: 30 * CHUNK as u64 };
+    assert!(
+        all.node.space.admit_fast(trim.range().0, trim.range().1, AdmissionKind::Trim).is_some()
+    );
+    all.change(trim);
+    all.disk.set_capacity(30 * MIB);
+    all.node.checkpoint().unwrap();
+    let op = write(0, 11);
+    assert!(admit(&mut all.node, volume, op.range(), WRITE).is_some());
+    all.change(op);
+    all.check();
 }
