@@ -857,8 +857,9 @@ fn writes_larger_than_the_log_go_through() {
         for number in 0..4_u8 {
             let mut client = cluster.node().connect(&format!("large{number}")).unwrap();
             scope.spawn(move || {
-                let data: Vec<u8> =
-                    (0..32 << 20).map(|at: u32| (at / 4096) as u8 ^ number).collect();
+                // Blocks that differ from their neighbours and from the other clients'.
+                let block = |block: usize| [block.to_le_bytes()[0] ^ number; 4096];
+                let data: Vec<u8> = (0..8192).flat_map(block).collect();
                 client.write(0, &data).unwrap();
                 assert!(client.read(0, data.len()).unwrap() == data);
             });
