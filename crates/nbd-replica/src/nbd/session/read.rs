@@ -6,6 +6,7 @@ use bytes::Bytes;
 use nbd_proto::limits::BLOCK_STATUS_EXTENTS_MAX;
 use nbd_proto::{CommandKind, Extent, NbdError, ReplyTo};
 use nbd_store::{ReadError, ReadPlan, Segment, ShardReader, VolumeId};
+use tokio::sync::mpsc;
 use tracing::{error, warn};
 
 use super::super::in_flight::Pending;
@@ -44,7 +45,8 @@ impl Session {
         pending.reply_bytes = plan.len();
         self.reading_bytes += plan.len();
         let token = self.in_flight.insert(pending);
-        let completions = self.completions_tx.clone();
+        let failed = Completion::Read { token, result: Err(NbdError::Io) };
+        let answer = Answer::new(self.completions_tx.clone(), failed);
         let reader = self.opened.group.reader().clone();
         let volume = self.opened.volume.id;
         let corrupt = self.node.metrics.corrupt.clone();
@@ -57,7 +59,7 @@ impl Session {
                 }
             }
             let result = result.map_err(|_| NbdError::Io);
-            let _ = completions.try_send(Completion::Read { token, result });
+            answer.send(Completion::Read { token, result });
         });
     }
 
@@ -124,7 +126,8 @@ impl Session {
         let token = self.in_flight.insert(pending);
         let reader = self.opened.group.reader().clone();
         let volume = self.opened.volume.id;
-        let completions = self.completions_tx.clone();
+        let failed = Completion::Status { token, result: Err(NbdError::Io) };
+        let answer = Answer::new(self.completions_tx.clone(), failed);
         let extents_max = if req_one { 1 } else { BLOCK_STATUS_EXTENTS_MAX };
         tokio::task::spawn_blocking(move || {
             let result = match reader.block_status(volume, offset, len, extents_max) {
@@ -134,8 +137,34 @@ impl Session {
                     Err(NbdError::Io)
                 }
             };
-            let _ = completions.try_send(Completion::Status { token, result });
+            answer.send(Completion::Status { token, result });
         });
+    }
+}
+
+/// The answer that work on the blocking pool owes its session. It goes out when this is dropped, as
+/// the failure it was made with unless there was a better one: a panic is answered, too.
+struct Answer {
+    completions: mpsc::Sender<Completion>,
+    completion: Option<Completion>,
+}
+
+impl Answer {
+    fn new(completions: mpsc::Sender<Completion>, failed: Completion) -> Self {
+        Self { completions, completion: Some(failed) }
+    }
+
+    fn send(mut self, completion: Completion) {
+        self.completion = Some(completion);
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(completion) = self.completion.take() {
+            // A session that is gone needs no answer; a live one has room for all it waits for.
+            let _ = self.completions.try_send(completion);
+        }
     }
 }
 
@@ -170,5 +199,24 @@ fn runs(plan: &ReadPlan, holes: bool) -> Vec<(Range<usize>, bool)> {
         plan.segments().map(|(run, segment)| (run, segment == Segment::Zero)).collect()
     } else {
         vec![(0..plan.len(), false)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_that_panics_is_answered_with_an_error() {
+        let (completions, mut answers) = mpsc::channel(1);
+        let failed = Completion::Read { token: 3, result: Err(NbdError::Io) };
+        let answer = Answer::new(completions, failed);
+        let work = tokio::task::spawn_blocking(move || {
+            let _answer = answer;
+            panic!("as the test wants");
+        });
+        assert!(work.await.is_err());
+        let answer = answers.recv().await.unwrap();
+        assert!(matches!(answer, Completion::Read { token: 3, result: Err(NbdError::Io) }));
     }
 }
