@@ -13,12 +13,20 @@ use self::graph::{Graph, Kind};
 use crate::process;
 
 /// Crates for development: no program that ships may contain them.
-const DEVELOPMENT_ONLY: [&str; 3] = ["nbd-testkit", "cinderblock-benches", "xtask"];
+const DEVELOPMENT_ONLY: [&str; 4] = ["nbd-testkit", "nbd-sim", "cinderblock-benches", "xtask"];
 
 /// Crates that take bytes and events and give bytes and effects: no runtime, no transport, no
 /// command line, so that every test and simulation can run them unchanged. Nor untyped errors:
 /// their callers tell one failure from another.
-const PURE: [&str; 5] = ["nbd-proto", "nbd-topology", "nbd-log", "nbd-store", "nbd-consensus"];
+const PURE: [&str; 7] = [
+    "nbd-proto",
+    "nbd-topology",
+    "nbd-log",
+    "nbd-store",
+    "nbd-consensus",
+    "nbd-shard",
+    "nbd-session",
+];
 
 /// What [`PURE`] crates must not reach, by whatever way.
 const IMPURE: [&str; 4] = ["tokio", "tonic", "axum", "clap"];
