@@ -21,6 +21,8 @@ pub struct EntryPlace {
     pub position: LogPosition,
     /// Bytes of data.
     pub len: usize,
+    /// CRC32C of all of it: what is read back for a follower is what was logged.
+    pub crc: u32,
 }
 
 impl EntryPlace {
@@ -121,6 +123,7 @@ mod tests {
             kind: EntryKind::Command,
             position: LogPosition(position),
             len: 100,
+            crc: 0,
         }
     }
 
