@@ -41,6 +41,9 @@ use crate::transport::TransportHandle;
 /// Requests taken from the mailbox in one turn.
 const TURN_REQUESTS_MAX: usize = 256;
 
+/// Control events taken in one turn.
+const TURN_CONTROL_MAX: usize = 64;
+
 /// Acknowledgements of log writes that may wait for the task; the log thread waits when there are
 /// more.
 const PERSISTED_MAX: usize = 64;
@@ -395,6 +398,7 @@ impl GroupTask {
         let failed = failure.wait();
         tokio::pin!(failed);
         let mut turn = Vec::with_capacity(TURN_REQUESTS_MAX);
+        let mut told = Vec::with_capacity(TURN_CONTROL_MAX);
         if self.parts.sole_voter {
             self.step(Event::Campaign);
         }
@@ -404,12 +408,17 @@ impl GroupTask {
                 biased;
                 _ = &mut failed => break,
                 () = self.parts.abandon.cancelled() => break,
-                Some(persisted) = self.persisted.recv() => self.step(Event::Persisted(persisted)),
-                control = self.mailbox.control.recv() => match control {
-                    Some(control) => self.on_control(control),
-                    None => break,
-                },
+                // Before what may come without end: heartbeats must not wait for it.
                 _ = clock.tick() => self.step(Event::Tick),
+                Some(persisted) = self.persisted.recv() => self.step(Event::Persisted(persisted)),
+                count = self.mailbox.control.recv_many(&mut told, TURN_CONTROL_MAX) => {
+                    if count == 0 {
+                        break;
+                    }
+                    for control in told.drain(..) {
+                        self.on_control(control);
+                    }
+                }
                 count = self.mailbox.requests.recv_many(&mut turn, TURN_REQUESTS_MAX),
                     if accepting => {
                     if count == 0 {
