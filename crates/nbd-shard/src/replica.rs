@@ -152,11 +152,8 @@ impl<R> ShardReplica<R> {
     /// If the caller breaks the rules of [`Event`], or an invariant is broken. Messages of peers do
     /// not panic.
     pub fn step(&mut self, now: Timestamp, event: Event<R>, actions: &mut Actions<R>) {
-        if matches!(self.install, Install::Running { .. } | Install::Waiting(_)) {
-            self.step_installing(now, event, actions);
-        } else {
-            self.take(now, event, actions);
-        }
+        self.take(now, event, actions);
+        self.go_on_installing(now, actions);
         self.propose_waiting(now, actions);
     }
 
@@ -220,62 +217,45 @@ impl<R> ShardReplica<R> {
                 self.step_group(now, Input::TransferLeader(to), actions);
             }
             Event::Campaign => self.step_group(now, Input::Campaign, actions),
-            Event::ResyncReady(snapshot) => self.begin_install(snapshot, actions),
-            Event::Installed => unreachable!("nothing is being installed"),
+            Event::ResyncReady(snapshot) => self.prepare_install(now, snapshot, actions),
+            Event::Installed => self.finish_install(now, actions),
         }
     }
 
-    /// While the store is being switched to a snapshot nothing may be applied or logged. Peers'
-    /// messages and time are left out, as in a short pause of the process.
-    fn step_installing(&mut self, now: Timestamp, event: Event<R>, actions: &mut Actions<R>) {
-        match event {
-            Event::Persisted(persisted) => {
-                self.take_persisted(now, persisted, actions);
-                if let Install::Waiting(snapshot) =
-                    std::mem::replace(&mut self.install, Install::Idle)
-                {
-                    self.begin_install(snapshot, actions);
-                }
-            }
-            Event::Installed => {
-                let Install::Running { index, term, membership } =
-                    std::mem::replace(&mut self.install, Install::Idle)
-                else {
-                    unreachable!("installed before it was asked for")
-                };
-                assert_eq!(self.writer.applied(), index, "the store has another snapshot");
-                self.places.clear();
-                self.checkpointed = index;
-                self.first_kept = None;
-                actions.membership_changed = true;
-                let input = Input::SnapshotInstalled { index, term, membership };
-                self.step_group(now, input, actions);
-            }
-            Event::Propose(_) | Event::Barrier(_) | Event::ChangeMembership(..) => {
-                // Not the leader: this is refused.
-                self.take(now, event, actions);
-            }
-            Event::ResyncReady(_) => actions.resync_dropped = true,
-            // Answers to what was asked before; the state they are about goes away.
-            Event::Tick
-            | Event::Message(_)
-            | Event::Fetched { .. }
-            | Event::Checkpointed { .. }
-            | Event::LeaderLost
-            | Event::PeerUnreachable(_)
-            | Event::TransferLeader(_)
-            | Event::Campaign => {}
-        }
-    }
-
-    fn begin_install(&mut self, snapshot: ShardSnapshot, actions: &mut Actions<R>) {
-        let (index, term) = (snapshot.applied, snapshot.applied_term);
-        if self.leads() || !self.group.wants_snapshot(index, term) {
+    /// Begins the switch to a snapshot: from here on entries that arrive count as lost, so that
+    /// none is acknowledged that is void afterwards.
+    fn prepare_install(
+        &mut self,
+        now: Timestamp,
+        snapshot: ShardSnapshot,
+        actions: &mut Actions<R>,
+    ) {
+        let wanted = self.group.wants_snapshot(snapshot.applied, snapshot.applied_term);
+        if !matches!(self.install, Install::Idle) || self.leads() || !wanted {
             actions.resync_dropped = true;
             return;
         }
+        self.step_group(now, Input::HoldLog(true), actions);
+        self.install = Install::Waiting(snapshot);
+    }
+
+    /// Once what was on its way to the log has arrived, hands the snapshot to the store, if it is
+    /// still wanted.
+    fn go_on_installing(&mut self, now: Timestamp, actions: &mut Actions<R>) {
         if !self.outstanding.is_empty() {
-            self.install = Install::Waiting(snapshot);
+            return;
+        }
+        let snapshot = match std::mem::replace(&mut self.install, Install::Idle) {
+            Install::Waiting(snapshot) => snapshot,
+            other => {
+                self.install = other;
+                return;
+            }
+        };
+        let (index, term) = (snapshot.applied, snapshot.applied_term);
+        if self.leads() || !self.group.wants_snapshot(index, term) {
+            self.step_group(now, Input::HoldLog(false), actions);
+            actions.resync_dropped = true;
             return;
         }
         let membership = snapshot.membership.clone();
@@ -285,6 +265,21 @@ impl<R> ShardReplica<R> {
             hard_state: self.group.hard_state(),
             log_floor: self.places.written(),
         });
+    }
+
+    fn finish_install(&mut self, now: Timestamp, actions: &mut Actions<R>) {
+        let Install::Running { index, term, membership } =
+            std::mem::replace(&mut self.install, Install::Idle)
+        else {
+            unreachable!("installed before it was asked for")
+        };
+        assert_eq!(self.writer.applied(), index, "the store has another snapshot");
+        self.places.clear();
+        self.checkpointed = index;
+        self.first_kept = None;
+        actions.membership_changed = true;
+        let input = Input::SnapshotInstalled { index, term, membership };
+        self.step_group(now, input, actions);
     }
 
     fn take_commands(
