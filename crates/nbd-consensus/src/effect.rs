@@ -221,6 +221,23 @@ pub struct PeerStatus {
     pub snapshot: bool,
 }
 
+/// How a group stands, in short. See [`Status`] for what the fields mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Brief {
+    /// This replica's role.
+    pub role: Role,
+    /// The current term.
+    pub term: Term,
+    /// The leader, if known.
+    pub leader: Option<ReplicaId>,
+    /// Highest index known to be committed.
+    pub committed: LogIndex,
+    /// Highest index the caller has applied.
+    pub applied: LogIndex,
+    /// Whether this replica leads and has applied an entry of its own term.
+    pub serving: bool,
+}
+
 /// How a group stands. `applied <= min(committed, persisted)`, `committed <= last`,
 /// `persisted <= last`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -542,5 +542,6 @@ impl fmt::Debug for Group {
     }
 }
 
+mod brief;
 #[cfg(test)]
 mod tests;

@@ -51,8 +51,8 @@ mod reads;
 pub use config::Fault;
 pub use config::{GroupConfig, ReadMode, Recovered};
 pub use effect::{
-    Append, Committed, Effects, Fetch, HardState, Leadership, OutMessage, PeerStatus, RejectReason,
-    Role, SnapshotOffer, Status,
+    Append, Brief, Committed, Effects, Fetch, HardState, Leadership, OutMessage, PeerStatus,
+    RejectReason, Role, SnapshotOffer, Status,
 };
 pub use error::{GroupError, MessageError};
 pub use group::Group;

@@ -85,7 +85,12 @@ pub struct Tuning {
 
     /// Most bytes a second that a replica which was away for long, or is new, takes in to catch up.
     /// At least 1MiB.
-    #[arg(long, env = "NBD_RESYNC_BYTES_PER_SECOND", default_value = "128MiB", value_name = "SIZE")]
+    #[arg(
+        long,
+        env = "NBD_RESYNC_BYTES_PER_SECOND",
+        default_value = "128MiB",
+        value_name = "SIZE"
+    )]
     pub resync_bytes_per_second: ByteSize,
 
     /// Bytes a second that the background scrub reads to verify what is at rest; 0 turns it off.

@@ -4,7 +4,8 @@ use bytes::BytesMut;
 use nbd_consensus::Entry;
 use nbd_log::checksum::crc32c;
 use nbd_log::log::LogReader;
-use nbd_shard::{EntryPlace, FetchPlan};
+use nbd_shard::{FetchPlan, raft_kind};
+use nbd_store::EntryPlace;
 use tracing::{debug, error};
 
 use crate::group_task::GroupHandle;
@@ -53,7 +54,7 @@ fn read(log: &LogReader, places: &[EntryPlace]) -> Vec<Entry> {
         entries.push(Entry {
             index: place.index,
             term: place.term,
-            kind: place.kind,
+            kind: raft_kind(place.kind),
             data: data.freeze(),
         });
     }

@@ -238,12 +238,7 @@ impl GroupHandle {
     }
 
     /// A checkpoint is durable.
-    pub(crate) fn checkpointed(
-        &self,
-        applied: LogIndex,
-        term: Term,
-        first_kept: Option<LogIndex>,
-    ) {
+    pub(crate) fn checkpointed(&self, applied: LogIndex, term: Term, first_kept: Option<LogIndex>) {
         // Only memory is at stake, and the next checkpoint says it again.
         self.try_tell(Control::Checkpointed { applied, term, first_kept });
     }
@@ -454,7 +449,7 @@ impl GroupTask {
     }
 
     fn on_connection_lost(&mut self, node: &NodeName) {
-        let leader = self.parts.replica.leadership().leader;
+        let leader = self.parts.replica.brief().leader;
         let replicas: Vec<_> =
             self.members.iter().filter(|member| member.node == *node).map(|m| m.id).collect();
         for replica in replicas {

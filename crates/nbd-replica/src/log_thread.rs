@@ -11,12 +11,13 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nbd_consensus::{Append, EntryKind as RaftKind};
+use nbd_consensus::Append;
 use nbd_log::checksum::crc32c;
 use nbd_log::log::{
-    AppendError, EntryKind, EntryRecord, HardState, LogPosition, LogWriter, Record, SegmentPool,
+    AppendError, EntryRecord, HardState, LogPosition, LogWriter, Record, SegmentPool,
 };
-use nbd_shard::{EntryPlace, Persisted};
+use nbd_shard::{Persisted, log_kind};
+use nbd_store::EntryPlace;
 use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -153,7 +154,7 @@ impl LogThread {
             let place = |(entry, position): (&nbd_consensus::Entry, LogPosition)| EntryPlace {
                 index: entry.index,
                 term: entry.term,
-                kind: entry.kind,
+                kind: log_kind(entry.kind),
                 position,
                 len: entry.data.len(),
                 crc: crc32c(&entry.data),
@@ -203,11 +204,7 @@ fn records(batch: &[AppendJob]) -> Vec<Record<'_>> {
                 shard: job.shard,
                 index: entry.index,
                 term: entry.term,
-                kind: match entry.kind {
-                    RaftKind::Command => EntryKind::Command,
-                    RaftKind::ConfChange => EntryKind::ConfChange,
-                    RaftKind::ConfChangeV2 => EntryKind::ConfChangeV2,
-                },
+                kind: log_kind(entry.kind),
                 data: &entry.data,
             })
         }));

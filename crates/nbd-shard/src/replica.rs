@@ -5,33 +5,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nbd_consensus::{
-    Append, Committed, Effects, Entry, EntryKind, Group, Input, Leadership, OutMessage, Proposal,
-    ReadyNumber, RejectReason, Role, Status, Ticket, Timestamp,
+    Append, Brief, Committed, Effects, Entry, EntryKind, Group, GroupConfig, GroupError, Input,
+    OutMessage, Proposal, ReadyNumber, RejectReason, Role, Status, Ticket, Timestamp,
 };
-use nbd_store::{Applied, Outcome, ShardSnapshot, ShardWriter};
-use nbd_topology::{LogIndex, MembershipChange, ReplicaId, ShardId, Term};
+use nbd_store::{Applied, Outcome, RaftRecovered, ShardSnapshot, ShardWriter};
+use nbd_topology::{LogIndex, Membership, ReplicaId, ShardId, Term};
 
 use crate::event::{Actions, Answer, Event, FetchPlan, InstallPlan, Persisted};
 use crate::limits::{
     APPENDS_IN_FLIGHT_MAX, APPENDS_OUTSTANDING_MAX, PROPOSE_BYTES_MAX, RETENTION_TICKS,
 };
 use crate::packer::{Packed, Packer};
-use crate::places::{EntryPlace, Places};
-
-/// What a replica starts from.
-#[derive(Debug)]
-pub struct ShardReplicaParts {
-    /// The shard.
-    pub shard: ShardId,
-    /// The group, not yet stepped.
-    pub group: Group,
-    /// The shard's state machine, as recovered.
-    pub writer: ShardWriter,
-    /// Where the recovered entries lie, by index without gaps, up to the last one.
-    pub places: Vec<EntryPlace>,
-    /// Bytes of log worth keeping for followers that lag; 0 without followers.
-    pub retention_bytes: u64,
-}
+use crate::places::Places;
+use crate::recovered::recovered;
 
 /// Something of a caller that waits for its entry to be applied.
 #[derive(Debug)]
@@ -48,7 +34,7 @@ enum Install {
     /// Waiting for log writes that were begun before.
     Waiting(ShardSnapshot),
     /// In the hands of whoever owns the store.
-    Running { index: LogIndex, term: Term, membership: nbd_topology::Membership },
+    Running { index: LogIndex, term: Term, membership: Membership },
 }
 
 /// One replica of a shard. `R` is whom to answer: opaque here.
@@ -82,15 +68,24 @@ pub struct ShardReplica<R> {
 }
 
 impl<R> ShardReplica<R> {
-    /// The replica as recovered.
-    #[must_use]
-    pub fn new(parts: ShardReplicaParts) -> Self {
-        let ShardReplicaParts { shard, group, writer, places, retention_bytes } = parts;
-        Self {
+    /// The replica as recovered, not yet stepped: the shard must be formed. `retention_bytes` is
+    /// how much log is worth keeping for followers that lag, 0 without any.
+    ///
+    /// # Errors
+    /// What was recovered makes no sense to Raft.
+    pub fn new(
+        config: GroupConfig,
+        writer: ShardWriter,
+        mut raft: RaftRecovered,
+        retention_bytes: u64,
+    ) -> Result<Self, GroupError> {
+        let shard = config.shard;
+        let group = Group::new(config, recovered(&mut raft))?;
+        Ok(Self {
             shard,
             group,
             writer,
-            places: Places::new(places),
+            places: Places::new(raft.kept),
             retention_bytes,
             outstanding: VecDeque::new(),
             appends_in_flight: 0,
@@ -104,7 +99,7 @@ impl<R> ShardReplica<R> {
             first_kept: None,
             ticks: 0,
             install: Install::Idle,
-        }
+        })
     }
 
     /// The shard.
@@ -119,10 +114,10 @@ impl<R> ShardReplica<R> {
         self.group.status()
     }
 
-    /// Role, term and leader as of the last step.
+    /// The part of [`ShardReplica::status`] that costs nothing.
     #[must_use]
-    pub fn leadership(&self) -> Leadership {
-        self.group.leadership()
+    pub fn brief(&self) -> Brief {
+        self.group.brief()
     }
 
     /// Until when reads may be answered from this replica's store without asking anyone, by the
@@ -325,19 +320,15 @@ impl<R> ShardReplica<R> {
         self.proposing.clear();
     }
 
-    fn take_persisted(
-        &mut self,
-        now: Timestamp,
-        persisted: Persisted,
-        actions: &mut Actions<R>,
-    ) {
+    fn take_persisted(&mut self, now: Timestamp, persisted: Persisted, actions: &mut Actions<R>) {
         let Persisted { ready, places } = persisted;
         if !places.is_empty() {
             self.appends_in_flight -= 1;
         }
         self.places.persisted(places);
         self.step_group(now, Input::Persisted(ready), actions);
-        while let Some((_, messages)) = self.outstanding.pop_front_if(|(number, _)| *number <= ready)
+        while let Some((_, messages)) =
+            self.outstanding.pop_front_if(|(number, _)| *number <= ready)
         {
             actions.send.extend(messages);
         }

@@ -12,6 +12,7 @@
 //! the shard's log floor are void from the start: a snapshot took their place.
 
 use bytes::{Bytes, BytesMut};
+use nbd_log::checksum::crc32c;
 use nbd_log::log::{EntryKind, HardState, LogPosition, LogReadError, LogReader, ScannedEntry};
 use nbd_topology::{LogIndex, Membership, MembershipChange, ShardId, Term};
 
@@ -48,6 +49,8 @@ pub struct EntryPlace {
     pub position: LogPosition,
     /// Bytes of its data.
     pub len: usize,
+    /// CRC32C of all its data: what is read back for a follower is what was logged.
+    pub crc: u32,
 }
 
 /// What Raft needs to go on where it was.
@@ -136,7 +139,8 @@ impl ShardScan {
             _ => self.entries.clear(),
         }
         let (index, term, kind, len) = (entry.index, entry.term, entry.kind, entry.data.len());
-        self.entries.push(EntryPlace { index, term, kind, position, len });
+        let crc = crc32c(entry.data);
+        self.entries.push(EntryPlace { index, term, kind, position, len, crc });
     }
 
     /// Where the first entry to be replayed lies.
@@ -199,7 +203,7 @@ impl ShardScan {
         let Kept { compacted, entries: kept } = self.kept();
         let mut tail = Vec::new();
         for entry in kept.iter().filter(|entry| entry.index > self.checkpoint.applied) {
-            let EntryPlace { index, term, kind, position, len } = *entry;
+            let EntryPlace { index, term, kind, position, len, .. } = *entry;
             let mut data = BytesMut::zeroed(len);
             log.read(position, &mut data)?;
             let data = data.freeze();

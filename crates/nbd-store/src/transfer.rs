@@ -195,8 +195,7 @@ impl ChunkImage {
     pub fn is_sound(&self) -> bool {
         let block = to_usize(BLOCK_BYTES);
         let is_present = |at: usize| self.present & (1 << at) != 0;
-        let others_are_zero =
-            (0..BLOCKS_PER_CHUNK).all(|at| is_present(at) || self.crcs[at] == 0);
+        let others_are_zero = (0..BLOCKS_PER_CHUNK).all(|at| is_present(at) || self.crcs[at] == 0);
         if self.present & self.zero != 0
             || self.present | self.zero == 0
             || self.chunk.0 >= CHUNKS_PER_VOLUME_MAX

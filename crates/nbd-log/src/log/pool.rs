@@ -203,13 +203,14 @@ impl SegmentPool {
     pub fn could_free(&self, covered: &BTreeMap<ShardId, LogIndex>) -> bool {
         let state = self.state.lock();
         let sealed = state.live.len() > 1;
-        sealed && state.live.front().is_some_and(|oldest| {
-            let mut indexes = oldest.indexes.iter();
-            indexes.all(|(shard, (_, highest))| {
-                let through = covered.get(shard).copied().unwrap_or_default();
-                *highest <= through && !state.is_retained(*shard, *highest)
+        sealed
+            && state.live.front().is_some_and(|oldest| {
+                let mut indexes = oldest.indexes.iter();
+                indexes.all(|(shard, (_, highest))| {
+                    let through = covered.get(shard).copied().unwrap_or_default();
+                    *highest <= through && !state.is_retained(*shard, *highest)
+                })
             })
-        })
     }
 
     /// Asks to keep the shard's entries above this index, though they may be covered; `LogIndex` of

@@ -210,7 +210,20 @@ impl Checkpointer {
         space.set_free_slots(slots.free());
         let gauge = CheckpointGauge { dirty, space, log_bytes };
         let (batch, faults, failed) = (Batch::default(), parts.faults, false);
-        Self { disk, base, shards, records, slots, log, segments, gate, gauge, batch, faults, failed }
+        Self {
+            disk,
+            base,
+            shards,
+            records,
+            slots,
+            log,
+            segments,
+            gate,
+            gauge,
+            batch,
+            faults,
+            failed,
+        }
     }
 
     /// Tells other threads how much there is to do.
