@@ -25,22 +25,6 @@ pub enum ReadMode {
     Quorum,
 }
 
-/// A mistake that can be switched on to see whether the tests notice.
-#[cfg(feature = "planted-faults")]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
-    /// Votes, its own among them, leave before they are on stable storage.
-    VoteBeforePersist,
-    /// Votes are given right after a restart.
-    NoWaitAfterRestart,
-    /// A broken connection to the leader is taken for a proof of its death.
-    VoteInsideLease,
-    /// A lease is counted from the arrival of the answers, and lasts a whole election timeout.
-    LeaseOverlong,
-    /// Acknowledgements of entries leave before the entries are on stable storage.
-    AppendAckBeforePersist,
-}
-
 /// Settings of a group. Validated by [`Group::new`](crate::Group::new).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupConfig {
@@ -53,9 +37,8 @@ pub struct GroupConfig {
     /// The same on all replicas. Default: 25 ms.
     pub tick: Duration,
     /// Ticks without a leader until a follower stands for election, and within which a leader must
-    /// hear from a majority. Well above the slowest flush. A lease is measured by it: the same on
-    /// all replicas, or a follower's is larger than the leader's. Default: 12 (300 ms at 25 ms a
-    /// tick).
+    /// hear from a majority. Well above the slowest flush. Leases and votes are measured by it: the
+    /// same on all replicas. Default: 12 (300 ms at 25 ms a tick).
     pub election_ticks: u32,
     /// Ticks from one heartbeat to the next. Default: 2.
     pub heartbeat_ticks: u32,
@@ -68,8 +51,11 @@ pub struct GroupConfig {
     pub restarted: bool,
     /// Whether each wait is drawn from `election_ticks..2 * election_ticks`, by raft-rs's
     /// thread-local generator, which keeps candidates from colliding. Simulations switch it off
-    /// and give each replica an `election_ticks` of its own. Default: true.
+    /// and give each replica an `election_ticks_extra` of its own. Default: true.
     pub election_ticks_jitter: bool,
+    /// Without jitter: ticks that this replica waits beyond `election_ticks` before it stands, at
+    /// most 2^30. Default: 0.
+    pub election_ticks_extra: u32,
     /// Largest data of an entry, proposed here or sent by a peer. Default: 2 MiB.
     pub entry_bytes_max: usize,
     /// Bytes a leader logs ahead of what is committed; past it proposals are refused as
@@ -81,7 +67,7 @@ pub struct GroupConfig {
     pub cache_bytes_max: usize,
     /// A mistake to be made. Default: none.
     #[cfg(feature = "planted-faults")]
-    pub fault: Option<Fault>,
+    pub fault: Option<crate::fault::Fault>,
 }
 
 impl GroupConfig {
@@ -97,6 +83,7 @@ impl GroupConfig {
             read_mode: ReadMode::Lease,
             restarted: true,
             election_ticks_jitter: true,
+            election_ticks_extra: 0,
             entry_bytes_max: ENTRY_BYTES_MAX,
             uncommitted_bytes_max: UNCOMMITTED_BYTES_MAX,
             cache_bytes_max: CACHE_BYTES_MAX,
@@ -111,7 +98,8 @@ impl GroupConfig {
             return Err(GroupError::Tick { tick: self.tick });
         }
         let (heartbeat, election) = (self.heartbeat_ticks, self.election_ticks);
-        if heartbeat == 0 || heartbeat >= election || election > u32::MAX / 2 {
+        let long = election.max(self.election_ticks_extra) > 1 << 30;
+        if heartbeat == 0 || heartbeat >= election || long {
             return Err(GroupError::Ticks { heartbeat, election });
         }
         let (entry, uncommitted) = (self.entry_bytes_max, self.uncommitted_bytes_max);
@@ -126,12 +114,18 @@ impl GroupConfig {
     /// a working leader, and nothing may grow without bound.
     pub(crate) fn to_raft(&self, applied: LogIndex) -> raft::Config {
         let election = self.election_ticks as usize;
+        let (shortest, longest) = if self.election_ticks_jitter {
+            (election, 2 * election)
+        } else {
+            let fixed = election + self.election_ticks_extra as usize;
+            (fixed, fixed + 1)
+        };
         raft::Config {
             id: self.replica.get(),
             election_tick: election,
             heartbeat_tick: self.heartbeat_ticks as usize,
-            min_election_tick: election,
-            max_election_tick: if self.election_ticks_jitter { 2 * election } else { election + 1 },
+            min_election_tick: shortest,
+            max_election_tick: longest,
             applied: applied.0,
             max_size_per_msg: MESSAGE_BYTES_MAX,
             max_inflight_msgs: INFLIGHT_MESSAGES_MAX,

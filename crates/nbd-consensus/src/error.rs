@@ -26,10 +26,10 @@ pub enum GroupError {
         /// The tick given.
         tick: Duration,
     },
-    /// `0 < heartbeat_ticks < election_ticks` does not hold.
+    /// `0 < heartbeat_ticks < election_ticks` does not hold, or ticks are above 2^30.
     #[error(
         "heartbeat of {heartbeat} ticks and election timeout of {election}: \
-         0 < heartbeat < election must hold"
+         0 < heartbeat < election <= 2^30 must hold"
     )]
     Ticks {
         /// Heartbeat interval given.

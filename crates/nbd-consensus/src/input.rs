@@ -68,7 +68,9 @@ pub struct Proposal {
 /// outstanding meanwhile.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
-    /// One unit of time has passed. After a pause, one tick and not the backlog.
+    /// One unit of time has passed: at least [`GroupConfig::tick`](crate::GroupConfig::tick) since
+    /// the tick before, by a clock of this replica. After a pause, one tick and not the backlog, and
+    /// the next a whole unit later: leases hold only if no follower's ticks run fast.
     Tick,
     /// A message from a peer, byte for byte what its [`OutMessage`](crate::OutMessage) held. Every
     /// payload in it has arrived and its checksum is right.

@@ -13,7 +13,7 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 
-use nbd_topology::{LogIndex, ReplicaId};
+use nbd_topology::{LogIndex, Membership, ReplicaId};
 use protobuf::Message as _;
 use raft::eraftpb::{Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
@@ -59,6 +59,8 @@ pub(crate) struct LogCache {
     /// Bound on `window_bytes`, though entries above `applied` stay in any case.
     window_bytes_max: usize,
     applied: u64,
+    /// What a follower may be offered that the log cannot feed.
+    offer: Option<Snapshot>,
     /// Behind a cell because raft-rs asks through a shared reference.
     fetches: RefCell<Fetches>,
 }
@@ -84,6 +86,7 @@ impl LogCache {
             window_bytes: 0,
             window_bytes_max: bytes_max,
             applied: recovered.applied.0,
+            offer: None,
             fetches: RefCell::default(),
         };
         for term in &recovered.terms {
@@ -155,6 +158,21 @@ impl LogCache {
         while self.window.front().is_some_and(|entry| entry.index <= index) {
             self.pop_front();
         }
+    }
+
+    /// The state machine is checkpointed as of the entry (`index`, `term`), when `membership` was in
+    /// force.
+    pub(crate) fn offer(&mut self, index: u64, term: u64, membership: &Membership) {
+        let mut snapshot = Snapshot::default();
+        let metadata = snapshot.mut_metadata();
+        (metadata.index, metadata.term) = (index, term);
+        metadata.set_conf_state(to_conf_state(membership));
+        self.offer = Some(snapshot);
+    }
+
+    /// Index of the last checkpoint.
+    pub(crate) fn offered(&self) -> Option<u64> {
+        self.offer.as_ref().map(|offer| offer.get_metadata().index)
     }
 
     /// New requests for entries that are not in memory.
@@ -310,10 +328,13 @@ impl Storage for LogCache {
         Ok(self.last)
     }
 
-    /// Volumes are not sent as Raft snapshots. A follower that needs entries from before the
-    /// compacted index waits until it is caught up by other means.
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        Err(StorageError::SnapshotTemporarilyUnavailable.into())
+    /// The last checkpoint's place in the log, without any data: volumes are not sent as Raft
+    /// snapshots. It has to be one that the log goes on from.
+    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        let fits =
+            |offer: &&Snapshot| offer.get_metadata().index >= request_index.max(self.compacted.0);
+        let offer = self.offer.as_ref().filter(fits).cloned();
+        offer.ok_or_else(|| StorageError::SnapshotTemporarilyUnavailable.into())
     }
 }
 
