@@ -477,6 +477,43 @@ impl Cluster {
         true
     }
 
+    /// Messages on their way to a replica.
+    pub(crate) fn pending_for(&self, at: usize) -> usize {
+        let id = self.nodes[at].id;
+        self.network.iter().filter(|(_, to, _)| *to == id).count()
+    }
+
+    /// Delivers the oldest message to this replica, and lets it answer.
+    pub(crate) fn deliver_to(&mut self, at: usize) -> bool {
+        let id = self.nodes[at].id;
+        let Some(place) = self.network.iter().position(|(_, to, _)| *to == id) else {
+            return false;
+        };
+        let (from, _, bytes) = self.network.remove(place);
+        if !self.cut.contains(&(from, at)) {
+            self.step(at, Input::Message(bytes));
+        }
+        while self.persist(at) {}
+        true
+    }
+
+    /// Settles everything until this replica is offered a snapshot, and leaves the offer alone.
+    pub(crate) fn settle_messages(&mut self, offered: usize) {
+        while self.nodes[offered].offer.is_none() {
+            if !self.deliver(false) {
+                self.pass(TICK / 100 * 105);
+            }
+            for at in 0..self.nodes.len() {
+                while self.persist(at) || self.apply(at) {}
+            }
+        }
+    }
+
+    /// Forgets that a replica was offered a snapshot.
+    pub(crate) fn lose_offer(&mut self, at: usize) {
+        self.nodes[at].offer = None;
+    }
+
     /// Does everything there is to do without time passing.
     pub(crate) fn settle(&mut self) {
         loop {
