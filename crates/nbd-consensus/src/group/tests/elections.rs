@@ -159,3 +159,45 @@ fn a_leader_of_one_adds_a_learner() {
     let no_effect = vec![(Ticket(3), RejectReason::NoEffect)];
     assert_eq!(group.step(NOW, propose(3)).rejected, no_effect);
 }
+
+#[test]
+fn a_new_leader_changes_no_members_before_it_serves() {
+    let from = Recovered { membership: three(), ..recovered(5, 5, 5) };
+    let mut group = Group::new(GroupConfig { restarted: false, ..config() }, from).unwrap();
+    group.step(NOW, Input::Campaign);
+    let stands = deliver(&mut group, &message(MessageType::MsgRequestPreVoteResponse, 2, 2));
+    group.step(NOW, Input::Persisted(stands.appends[0].ready));
+    let leads = deliver(&mut group, &message(MessageType::MsgRequestVoteResponse, 2, 2));
+    assert_eq!(leads.role_changed.unwrap().role, Role::Leader);
+    let four = ReplicaId::new(4).unwrap();
+    let change = MembershipChange::AddLearner(four);
+    let effects = group.step(NOW, Input::ChangeMembership { ticket: Ticket(1), change });
+    assert_eq!(effects.rejected, [(Ticket(1), RejectReason::MembershipBusy)]);
+}
+
+// Goal: what one set of voters granted does not bind the next but one.
+#[test]
+fn a_lease_ends_when_the_voters_change() {
+    let mut group = leader(config());
+    let change = |ticket, change| Input::ChangeMembership { ticket: Ticket(ticket), change };
+    group.step(NOW, change(1, MembershipChange::AddLearner(TWO)));
+    group.step(NOW, persisted(3));
+    group.step(NOW, applied(2));
+    group.step(NOW, Input::Read(vec![Ticket(2)]));
+    let answer = Message { index: 2, ..message(MessageType::MsgAppendResponse, 2, 1) };
+    deliver(&mut group, &answer);
+    assert_eq!(group.read_lease(), Some(Timestamp::MAX));
+    let effects = group.step(NOW, change(3, MembershipChange::AddVoter(TWO)));
+    assert_eq!(effects.rejected, []);
+    let effects = group.step(NOW, Input::Persisted(effects.appends[0].ready));
+    assert_eq!((effects.apply.len(), group.read_lease()), (1, None));
+    // A round among the new voters begins at once.
+    let is_beat = |out: &OutMessage| {
+        let message = codec::decode(&out.bytes).unwrap();
+        (message.msg_type == MessageType::MsgHeartbeat).then_some(message.context)
+    };
+    let context = effects.send_now.iter().find_map(is_beat).unwrap();
+    let answer = Message { context, ..message(MessageType::MsgHeartbeatResponse, 2, 1) };
+    deliver(&mut group, &answer);
+    assert_eq!(group.read_lease(), Some(NOW.after(Duration::from_micros(247_500))));
+}
