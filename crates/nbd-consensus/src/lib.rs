@@ -24,7 +24,8 @@
 //! **Voting rule**: a replica gives no vote, not even to itself, for an election timeout after it
 //! heard from a leader, unless the leader asked for it by handing over, nor for one after a
 //! restart. That is what a leader's lease rests on ([`Group::read_lease`]), and it holds whatever
-//! connections say: a broken one ([`Input::LeaderLost`]) only takes the random part out of the wait.
+//! connections say: a broken one ([`Input::LeaderLost`]) only takes the random part out of the
+//! wait.
 //!
 //! **Membership** changes one replica at a time and is in force when its entry is handed out to be
 //! applied. A newcomer is a learner first.
