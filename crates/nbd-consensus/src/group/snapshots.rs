@@ -16,10 +16,13 @@ use crate::membership::Members;
 
 impl Group {
     /// Whether this replica would gain by a snapshot that covers everything up to this entry. If
-    /// not, its log does already, or it leads: such a snapshot must not be installed.
+    /// not, it must not be installed: the log covers it already, or this replica leads, or has not
+    /// yet heard of the entry's term (the contents are of a later checkpoint than was offered, and
+    /// the next offer will be taken).
     #[must_use]
     pub fn wants_snapshot(&self, index: LogIndex, term: Term) -> bool {
-        !self.is_leader() && !self.log_covers(index.0, term.0)
+        let known = term.0 <= self.raw.raft.term;
+        known && !self.is_leader() && !self.log_covers(index.0, term.0)
     }
 
     fn log_covers(&self, index: u64, term: u64) -> bool {
@@ -80,11 +83,14 @@ impl Group {
         append
     }
 
-    /// What a leader of the current term offered, if this replica wants it.
-    pub(super) fn wanted_offer(&self, from: u64, index: u64, term: u64) -> Option<SnapshotOffer> {
-        let (index, term) = (LogIndex(index), Term(term));
-        let current = self.raw.raft.leader_id == from;
-        let from = ReplicaId::new(from).filter(|_| current && self.wants_snapshot(index, term))?;
+    /// What the leader of the current term offered, if this replica wants it.
+    pub(super) fn wanted_offer(&self, offer: &Message) -> Option<SnapshotOffer> {
+        let metadata = offer.get_snapshot().get_metadata();
+        let (index, term) = (LogIndex(metadata.index), Term(metadata.term));
+        let raft = &self.raw.raft;
+        let current = (offer.term, offer.from) == (raft.term, raft.leader_id);
+        let from =
+            ReplicaId::new(offer.from).filter(|_| current && self.wants_snapshot(index, term))?;
         Some(SnapshotOffer { from, index, term })
     }
 
