@@ -7,7 +7,7 @@
 //!
 //! - [`ids`]: [`ShardId`], [`ReplicaId`], [`NodeName`], [`ClusterName`], and Raft's [`LogIndex`]
 //!   and [`Term`], shared by the crates that store them and the one that decides on them.
-//! - [`membership`][]: [`Membership`], the members of a group, and how it changes.
+//! - [`membership`]: [`Membership`], voters and learners of a group, and [`MembershipChange`].
 //! - [`placement`][]: [`shard_of`].
 //! - [`shard_map`]: [`ShardMap`], the nodes of each shard.
 
