@@ -157,3 +157,45 @@ fn log_that_is_too_old_is_let_go() {
     assert!(status.compacted.0 > 80, "{}", status.compacted);
     assert!(status.compacted < status.applied, "the newest entries are kept");
 }
+
+// Goal: a follower that the log can no longer feed takes over the leader's chunks and goes on behind
+// them, while writes go on.
+#[test]
+fn a_follower_beyond_the_log_switches_to_a_snapshot() {
+    let mut cluster = Cluster::led(3, 4 << 10);
+    let id = volume(&mut cluster);
+    cluster.run(4);
+    cluster.cut.insert(2);
+    for seq in 1..=100 {
+        cluster.propose(0, vec![(write(seq, id, 1), u32::try_from(seq).unwrap())]);
+        cluster.settle();
+    }
+    cluster.checkpoint(0);
+    cluster.run(50);
+    cluster.cut.clear();
+    cluster.run(60);
+    assert!(cluster.nodes[2].offered.is_some(), "the log does not reach back");
+    let snapshot = cluster.copy_chunks(0, 2);
+    for seq in 101..=110 {
+        cluster.propose(0, vec![(write(seq, id, 2), u32::try_from(seq).unwrap())]);
+        cluster.settle();
+    }
+    cluster.step(2, Event::ResyncReady(snapshot));
+    let plan = cluster.nodes[2].install.take().expect("nothing is under way");
+    let node = &mut cluster.nodes[2];
+    let hard_state = nbd_log::log::HardState {
+        term: plan.hard_state.term,
+        vote: plan.hard_state.vote.map_or(0, nbd_topology::ReplicaId::get),
+        commit: plan.hard_state.commit,
+    };
+    let floor = plan.log_floor;
+    node.checkpointer.install(common::SHARD, &plan.snapshot, hard_state, floor).unwrap();
+    cluster.step(2, Event::Installed);
+    cluster.run(60);
+    assert_eq!(cluster.nodes[2].replica.applied(), cluster.nodes[0].replica.applied());
+    for at in [0, 2] {
+        cluster.checkpoint(at);
+    }
+    let digests = |at: usize| cluster.nodes[at].reader.digests(None, 100).unwrap();
+    assert_eq!(digests(0), digests(2));
+}

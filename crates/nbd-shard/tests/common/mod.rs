@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use nbd_consensus::{Append, Entry, GroupConfig, OutMessage, Role, Timestamp};
+use nbd_consensus::{Append, Entry, GroupConfig, OutMessage, Role, SnapshotOffer, Timestamp};
 use nbd_log::checksum::crc32c;
 use nbd_log::io::MemoryDisk;
 use nbd_log::log::{EntryRecord, HardState, LogReader, LogWriter, Record, SegmentPool};
-use nbd_shard::{Actions, Answer, Event, FetchPlan, Persisted, ShardReplica, log_kind, raft_kind};
+use nbd_shard::{
+    Actions, Answer, Event, FetchPlan, InstallPlan, Persisted, ShardReplica, log_kind, raft_kind,
+};
 use nbd_store::{
     Checkpointer, EntryPlace, Formation, NodeStore, RecoveredShard, ReplicaAddresses, ReplicaInfo,
-    ShardReader, StoreOptions,
+    ShardReader, ShardSnapshot, StoreOptions,
 };
 use nbd_topology::{Membership, ReplicaId, ShardId};
 
@@ -33,6 +35,8 @@ pub(crate) struct Node {
     appends: VecDeque<Append>,
     fetches: VecDeque<FetchPlan>,
     pub(crate) answers: BTreeMap<Tag, Answer>,
+    pub(crate) offered: Option<SnapshotOffer>,
+    pub(crate) install: Option<InstallPlan>,
 }
 
 pub(crate) struct Cluster {
@@ -91,7 +95,7 @@ impl Node {
         raft.membership = writer.membership();
         let mut config = GroupConfig::new(SHARD, id(at));
         config.election_ticks_jitter = false;
-        config.election_ticks = 10 + 4 * u32::try_from(at).unwrap();
+        config.election_ticks_extra = 4 * u32::try_from(at).unwrap();
         config.restarted = false;
         config.cache_bytes_max = 2000;
         let replica = ShardReplica::new(config, writer, raft, retention_bytes).unwrap();
@@ -105,6 +109,8 @@ impl Node {
             appends: VecDeque::new(),
             fetches: VecDeque::new(),
             answers: BTreeMap::new(),
+            offered: None,
+            install: None,
         }
     }
 
@@ -182,6 +188,8 @@ impl Cluster {
         for (tag, answer) in actions.answers {
             assert_eq!(node.answers.insert(tag, answer), None, "{tag} is answered twice");
         }
+        node.offered = actions.snapshot_offered.or(node.offered.take());
+        node.install = actions.install.or(node.install.take());
         if let Some(above) = actions.keep_above {
             node.segments.retain(SHARD, above);
         }
@@ -247,5 +255,22 @@ impl Cluster {
         let first_kept = node.segments.first_kept(SHARD);
         let (applied, term) = (snapshot.applied, snapshot.applied_term);
         self.step(at, Event::Checkpointed { applied, term, first_kept });
+    }
+
+    /// Copies what `from` has at home and `to` lacks, and returns the snapshot that goes with it.
+    pub(crate) fn copy_chunks(&mut self, from: usize, to: usize) -> ShardSnapshot {
+        let since = self.nodes[to].replica.applied();
+        self.nodes[to].checkpointer.run().unwrap();
+        let source = self.nodes[from].reader.clone();
+        let snapshot = source.snapshot().unwrap();
+        let page = source.manifest(since, None, 1000).unwrap();
+        let image = |stamp: &nbd_store::ChunkStamp| {
+            source.read_chunk(stamp.volume, stamp.chunk).unwrap().unwrap()
+        };
+        let images: Vec<_> = page.chunks.iter().map(image).collect();
+        self.nodes[to].checkpointer.write_chunks(SHARD, images).unwrap();
+        assert_eq!(page.next, None);
+        self.nodes[to].checkpointer.remove_absent(SHARD, None, None, &page.present).unwrap();
+        snapshot
     }
 }
