@@ -227,3 +227,115 @@ fn wake(waker: Option<Waker>) {
         waker.wake();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+    use crate::transport::metrics::PeerMetrics;
+
+    fn outbox(lane: Lane) -> Outbox {
+        let name = "peer".parse().unwrap();
+        Outbox::new(lane, PeerMetrics::new(&name).lanes[lane.place()].clone())
+    }
+
+    fn message(to: u64, len: usize) -> Waiting {
+        let id = |id| ReplicaId::new(id).unwrap();
+        Waiting { shard: ShardId(0), from: id(1), to: id(to), bytes: vec![0; len].into() }
+    }
+
+    /// The sizes of the next batch, or `None` when there is none now.
+    fn batch(outbox: &Outbox, epoch: u64) -> Option<Vec<usize>> {
+        match outbox.poll_batch(epoch, &Context::from_waker(Waker::noop())) {
+            Poll::Ready(batch) => Some(batch?.iter().map(|message| message.bytes.len()).collect()),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn batches_keep_order_and_bounds() {
+        let outbox = outbox(Lane::Bulk);
+        let epoch = outbox.open();
+        let large = BATCH_BYTES_MAX + 1;
+        for len in [1, BATCH_BYTES_MAX - 1, 1, large, 2] {
+            assert!(matches!(outbox.push(message(2, len)), Push::Queued(_)));
+        }
+        for _ in 0..BATCH_MESSAGES_MAX + 1 {
+            assert!(matches!(outbox.push(message(2, 0)), Push::Queued(_)));
+        }
+        assert_eq!(batch(&outbox, epoch), None, "not before the peer has accepted");
+        outbox.establish();
+        assert_eq!(batch(&outbox, epoch), Some(vec![1, BATCH_BYTES_MAX - 1]));
+        assert_eq!(batch(&outbox, epoch), Some(vec![1]));
+        assert_eq!(batch(&outbox, epoch), Some(vec![large]));
+        let full = batch(&outbox, epoch).unwrap();
+        assert_eq!((full.len(), full[0]), (BATCH_MESSAGES_MAX, 2));
+        assert_eq!(batch(&outbox, epoch), Some(vec![0, 0]));
+        assert_eq!(outbox.waiting(), (0, 0));
+    }
+
+    #[test]
+    fn a_full_outbox_drops_and_tells_once_until_it_has_emptied() {
+        let outbox = outbox(Lane::Control);
+        let epoch = outbox.open();
+        outbox.establish();
+        let told = |to| match outbox.push(message(to, 10)) {
+            Push::Queued(_) => None,
+            Push::Dropped { tell } => Some(tell),
+        };
+        for _ in 0..CONTROL_MESSAGES_MAX {
+            assert_eq!(told(2), None);
+        }
+        assert_eq!([told(2), told(2), told(3), told(3)], [true, false, true, false].map(Some));
+        assert_eq!(outbox.waiting().0, CONTROL_MESSAGES_MAX);
+        while batch(&outbox, epoch).is_some() {}
+        for _ in 0..CONTROL_MESSAGES_MAX {
+            assert_eq!(told(2), None);
+        }
+        assert_eq!(told(2), Some(true), "a new episode");
+    }
+
+    #[test]
+    fn a_message_too_long_for_the_peer_is_dropped() {
+        let outbox = outbox(Lane::Bulk);
+        outbox.open();
+        assert!(matches!(outbox.push(message(2, MESSAGE_MAX)), Push::Queued(_)));
+        assert!(matches!(outbox.push(message(2, MESSAGE_MAX + 1)), Push::Dropped { tell: true }));
+    }
+
+    #[test]
+    fn a_lost_connection_drops_what_waits_and_ends_its_stream() {
+        let outbox = outbox(Lane::Bulk);
+        let former = outbox.open();
+        outbox.establish();
+        outbox.push(message(2, 10));
+        let (two, three) = (message(2, 0).member(), message(3, 0).member());
+        assert_eq!(outbox.close(&[three]), [three, two]);
+        assert!(matches!(outbox.push(message(2, 10)), Push::Dropped { tell: false }));
+        let epoch = outbox.open();
+        assert!(matches!(outbox.push(message(2, 20)), Push::Queued(_)));
+        assert_eq!(outbox.close(&[]), [], "nothing new to tell");
+        let next = outbox.open();
+        outbox.push(message(2, 30));
+        outbox.establish();
+        for stale in [former, epoch] {
+            let ended = outbox.poll_batch(stale, &Context::from_waker(Waker::noop()));
+            assert_eq!(ended, Poll::Ready(None));
+        }
+        assert_eq!(batch(&outbox, next), Some(vec![30]));
+    }
+
+    #[test]
+    fn finishing_lets_out_what_waits_and_takes_nothing_more() {
+        let outbox = outbox(Lane::Bulk);
+        let epoch = outbox.open();
+        outbox.establish();
+        outbox.push(message(2, 10));
+        outbox.finish();
+        assert!(matches!(outbox.push(message(2, 20)), Push::Dropped { .. }));
+        assert_eq!(batch(&outbox, epoch), Some(vec![10]));
+        let ended = outbox.poll_batch(epoch, &Context::from_waker(Waker::noop()));
+        assert_eq!(ended, Poll::Ready(None));
+    }
+}
