@@ -6,7 +6,7 @@ use bytes::Bytes;
 use nbd_topology::{LogIndex, ReplicaId, Term};
 use protobuf::Message as _;
 use raft::eraftpb::{self, ConfChange, ConfChangeV2, EntryType, MessageType};
-use raft::{RawNode, StateRole};
+use raft::{ProgressState, RawNode, StateRole};
 
 use crate::codec;
 use crate::config::{GroupConfig, Recovered};
@@ -15,10 +15,11 @@ use crate::effect::{
 };
 use crate::error::{GroupError, MessageError};
 use crate::guard::Guard;
-use crate::input::{Entry, Input, Proposal, Ticket};
+use crate::input::{Entry, Input, Proposal, Ticket, Timestamp};
 use crate::limits::READS_WAITING_MAX;
 use crate::log_cache::LogCache;
 use crate::logger::logger;
+use crate::membership::Members;
 use crate::proposals::Proposals;
 use crate::readies::Readies;
 use crate::reads::Reads;
@@ -41,6 +42,7 @@ pub struct Group {
     /// Highest index handed out to be applied. `applied <= handed_out <= min(committed,
     /// persisted)`.
     handed_out: u64,
+    members: Members,
     /// As last reported in [`Effects::role_changed`].
     leadership: Leadership,
 }
@@ -54,7 +56,7 @@ impl Group {
     pub fn new(config: GroupConfig, recovered: Recovered) -> Result<Self, GroupError> {
         config.validate()?;
         recovered.validate()?;
-        let cache = LogCache::new(&recovered, &config.voters, config.cache_bytes_max);
+        let cache = LogCache::new(&recovered, config.cache_bytes_max);
         let raft_config = config.to_raft(recovered.applied);
         let raw = RawNode::new(&raft_config, cache, &logger(config.shard));
         let Ok(raw) = raw else {
@@ -68,6 +70,7 @@ impl Group {
             reads: Reads::default(),
             hard_state_sent: recovered.hard_state,
             handed_out: recovered.applied.0,
+            members: Members::new(recovered.applied.0, recovered.membership),
             leadership: Leadership { role: Role::Follower, term: Term::ZERO, leader: None },
         };
         group.leadership = group.current_leadership();
@@ -81,7 +84,7 @@ impl Group {
     ///
     /// If the caller breaks the rules stated on [`Input::Persisted`], [`Input::Applied`] or
     /// [`Input::Compacted`], or an invariant of this group is broken. Peer messages do not panic.
-    pub fn step(&mut self, input: Input) -> Effects {
+    pub fn step(&mut self, _now: Timestamp, input: Input) -> Effects {
         let mut effects = Effects::default();
         self.take_input(input, &mut effects);
         loop {
@@ -114,7 +117,13 @@ impl Group {
             peers.extend(raft.prs().iter().filter_map(|(id, progress)| {
                 let replica = ReplicaId::new(*id).filter(|id| *id != self.config.replica)?;
                 let matched = LogIndex(progress.matched);
-                Some(PeerStatus { replica, matched, active: progress.recent_active })
+                Some(PeerStatus {
+                    replica,
+                    matched,
+                    active: progress.recent_active,
+                    learner: self.members.current().learners().contains(&replica),
+                    snapshot: progress.state == ProgressState::Snapshot,
+                })
             }));
             peers.sort_unstable_by_key(|peer| peer.replica);
         }
@@ -133,8 +142,24 @@ impl Group {
             proposals_open: self.proposals.len(),
             reads_waiting: self.reads.len(),
             uncommitted_bytes: if role == Role::Leader { raft.uncommitted_size() } else { 0 },
+            membership: self.members.current().clone(),
+            transferring: raft.lead_transferee.and_then(ReplicaId::new),
+            lease_until: self.read_lease(),
             peers,
         }
+    }
+
+    /// Until when this leader may answer reads alone, if it may.
+    #[must_use]
+    pub const fn read_lease(&self) -> Option<Timestamp> {
+        None
+    }
+
+    /// Whether a snapshot at this entry would help.
+    #[must_use]
+    pub fn wants_snapshot(&self, index: LogIndex, term: Term) -> bool {
+        let log = &self.raw.raft.raft_log;
+        !self.is_leader() && index.0 > log.committed && !log.match_term(index.0, term.0)
     }
 
     /// The hard state to write along with a checkpoint of everything applied so far. Its commit
@@ -190,6 +215,14 @@ impl Group {
                 }
             }
             Input::Fetched { first, entries } => self.take_fetched(first, &entries),
+            Input::ChangeMembership { ticket, .. } => {
+                effects.rejected.push((ticket, RejectReason::MembershipBusy));
+            }
+            Input::Checkpointed { .. }
+            | Input::LeaderLost
+            | Input::HoldLog(_)
+            | Input::SnapshotInstalled { .. }
+            | Input::SnapshotFailed(_) => {}
         }
     }
 
@@ -203,9 +236,7 @@ impl Group {
             last: raft.raft_log.last_index(),
             entry_bytes_max: self.config.entry_bytes_max,
         };
-        guard.check(&message, |id| {
-            raft.prs().get(id).is_some() || self.config.voters.iter().any(|voter| voter.get() == id)
-        })?;
+        guard.check(&message, |id| raft.prs().get(id).is_some())?;
         // A vote won while entries are not durable would make raft-rs panic. It cannot come about
         // if the request for it waited for them; if it did not, the vote counts as lost.
         let vote = message.msg_type == MessageType::MsgRequestVoteResponse;
@@ -384,7 +415,13 @@ impl Group {
             let ticket = self.proposals.committed(entry.index, entry.term, |ticket| {
                 rejected.push((ticket, RejectReason::Superseded));
             });
-            effects.apply.push(Committed { entry: codec::from_raft_entry(entry), ticket });
+            let entry_out = codec::from_raft_entry(entry);
+            effects.apply.push(Committed {
+                entry: entry_out,
+                ticket,
+                change: None,
+                membership: None,
+            });
             self.change_membership(entry);
         }
     }

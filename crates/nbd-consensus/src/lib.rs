@@ -42,15 +42,19 @@ mod codec;
 mod guard;
 mod log_cache;
 mod logger;
+mod membership;
 mod proposals;
 mod readies;
 mod reads;
 
-pub use config::{GroupConfig, Recovered};
+#[cfg(feature = "planted-faults")]
+pub use config::Fault;
+pub use config::{GroupConfig, ReadMode, Recovered};
 pub use effect::{
     Append, Committed, Effects, Fetch, HardState, Leadership, OutMessage, PeerStatus, RejectReason,
-    Role, Status,
+    Role, SnapshotOffer, Status,
 };
 pub use error::{GroupError, MessageError};
 pub use group::Group;
-pub use input::{Entry, EntryKind, Input, Proposal, ReadyNumber, Ticket};
+pub use input::{Entry, EntryKind, Input, Proposal, ReadyNumber, Ticket, Timestamp};
+pub use membership::decode_change;

@@ -15,13 +15,14 @@ use std::collections::VecDeque;
 
 use nbd_topology::{LogIndex, ReplicaId};
 use protobuf::Message as _;
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::eraftpb::{Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
 use crate::codec;
 use crate::config::Recovered;
 use crate::effect::Fetch;
 use crate::limits::{ENTRY_OVERHEAD_BYTES, FETCHES_MAX};
+use crate::membership::to_conf_state;
 
 /// Entries from `first` on, up to the next run or the last entry, are of `term`. A million entries
 /// of one leader are one run.
@@ -64,7 +65,7 @@ pub(crate) struct LogCache {
 
 impl LogCache {
     /// The log as recovered and validated.
-    pub(crate) fn new(recovered: &Recovered, voters: &[ReplicaId], bytes_max: usize) -> Self {
+    pub(crate) fn new(recovered: &Recovered, bytes_max: usize) -> Self {
         let hard = recovered.hard_state;
         let hard_state = HardState {
             term: hard.term.0,
@@ -72,10 +73,7 @@ impl LogCache {
             commit: hard.commit.0,
             ..HardState::default()
         };
-        let conf_state = ConfState {
-            voters: voters.iter().map(|voter| voter.get()).collect(),
-            ..ConfState::default()
-        };
+        let conf_state = to_conf_state(&recovered.membership);
         let compacted = (recovered.compacted.0.0, recovered.compacted.1.0);
         let mut cache = Self {
             initial: RaftState { hard_state, conf_state },
