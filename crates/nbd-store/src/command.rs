@@ -255,8 +255,7 @@ fn check_lengths(header: &CommandHeader, fragments: u64, body: u64) -> Result<()
         }
         return Ok(());
     }
-    let has_body =
-        matches!(header.kind, CommandKind::CreateVolume | CommandKind::RegisterReplica);
+    let has_body = matches!(header.kind, CommandKind::CreateVolume | CommandKind::RegisterReplica);
     if fragments != 0 || (body != 0 && !has_body) {
         return Err(CommandError::BadLength);
     }

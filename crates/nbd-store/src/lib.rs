@@ -42,6 +42,7 @@ pub mod outcome;
 mod overlay;
 pub mod recovery;
 mod shard;
+mod snapshot;
 pub mod space;
 pub mod transfer;
 
@@ -51,7 +52,8 @@ pub use chunk::meta::ChunkKey;
 pub use command::{
     CommandError, CommandHeader, CommandKind, DecodedCommand, WriteBuilder, decode_all,
     encode_add_counter, encode_close_session, encode_create_volume, encode_end_sessions,
-    encode_open_session, encode_register_replica, encode_trim, encode_write, encode_write_zeroes, write_command_prefix_len,
+    encode_open_session, encode_register_replica, encode_trim, encode_write, encode_write_zeroes,
+    write_command_prefix_len,
 };
 pub use fault::StoreFault;
 pub use identity::{Identity, IdentityError};
@@ -60,10 +62,10 @@ pub use members::{Formation, ReplicaAddresses, ReplicaInfo, ReplicaRegistration}
 pub use node::{NodeStore, OpenError, RecoveredShard, StoreOptions};
 pub use outcome::{Outcome, Rejection, SessionInfo, VolumeInfo};
 pub use recovery::{EntryPlace, MissingEntries, RaftRecovered, TailEntry};
-pub use shard::{Applied, ShardWriter};
 pub use shard::plan::{Place, ReadError, ReadPlan, Segment};
 pub use shard::reader::ShardReader;
 pub use shard::status::{BlockStatus, Extent};
+pub use shard::{Applied, ShardWriter};
 pub use space::{Admission, AdmissionKind, SpaceGauge, SpaceGrant};
 pub use transfer::{
     ChunkDigest, ChunkImage, ChunkRun, ChunkStamp, DamagedChunk, FormError, ManifestPage,

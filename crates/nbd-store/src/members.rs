@@ -166,7 +166,8 @@ impl Members {
 
     /// The stored form.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let count = |count: usize| u32::try_from(count).expect("replicas are bounded").to_le_bytes();
+        let count =
+            |count: usize| u32::try_from(count).expect("replicas are bounded").to_le_bytes();
         let (voters, learners) = (self.membership.voters(), self.membership.learners());
         let mut out = Vec::new();
         out.extend(self.next_replica.to_le_bytes());

@@ -167,6 +167,10 @@ pub enum ReceiveError {
         /// What was applied here.
         applied: LogIndex,
     },
+    /// Many chunks came home here while they were being transferred. The manifest has to be walked
+    /// once more; what is here already need not be fetched again.
+    #[error("chunks changed here since the source was asked for them")]
+    Overtaken,
     /// The store has no room, or failed.
     #[error(transparent)]
     Store(#[from] CheckpointError),
@@ -195,8 +199,7 @@ impl ChunkImage {
     pub fn is_sound(&self) -> bool {
         let block = to_usize(BLOCK_BYTES);
         let is_present = |at: usize| self.present & (1 << at) != 0;
-        let others_are_zero =
-            (0..BLOCKS_PER_CHUNK).all(|at| is_present(at) || self.crcs[at] == 0);
+        let others_are_zero = (0..BLOCKS_PER_CHUNK).all(|at| is_present(at) || self.crcs[at] == 0);
         if self.present & self.zero != 0
             || self.present | self.zero == 0
             || self.chunk.0 >= CHUNKS_PER_VOLUME_MAX

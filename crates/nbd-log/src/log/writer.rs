@@ -11,9 +11,7 @@ use rand::RngCore;
 use super::cache::EntryCache;
 use super::error::AppendError;
 use super::format::{BATCH_HEADER_BYTES, BatchHeader, SegmentHeader, batch_bytes};
-use super::pool::{
-    Indexes, Segment, SegmentPool, Spare, TakeError, include, is_out_of_space,
-};
+use super::pool::{Indexes, Segment, SegmentPool, Spare, TakeError, include, is_out_of_space};
 use super::record::{LogIdentity, LogPosition, Record};
 use crate::checksum::crc32c;
 use crate::io::{AlignedBuf, DiskFile};
