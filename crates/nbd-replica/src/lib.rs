@@ -21,15 +21,26 @@
 
 pub mod app;
 mod budget;
+mod admin_service;
 mod checkpoint_thread;
+mod chunk_service;
+mod clock;
 pub mod config;
 mod failure;
+mod fetch;
+mod formation;
 mod group_task;
 mod http;
+mod join;
 mod limits;
 mod log_thread;
 mod metrics;
 mod nbd;
+mod peers;
+mod repair;
+mod reply;
+mod resync;
+mod scrub;
 pub mod transport;
 
 pub use app::{Replica, StartError};

@@ -193,6 +193,28 @@ impl Iterator for CommandIter<'_> {
     }
 }
 
+/// Whether an entry's data is well-formed, and every payload in it has the checksums that it came
+/// with from its session. Reads all of it, at memory speed.
+#[must_use]
+pub fn is_sound(data: &[u8]) -> bool {
+    decode_all(data).all(|command| command.is_ok_and(|command| has_its_checksums(data, &command)))
+}
+
+fn has_its_checksums(data: &[u8], command: &DecodedCommand) -> bool {
+    if command.header.kind != CommandKind::Write {
+        return true;
+    }
+    let checksums = data[command.checksums.clone()].as_chunks::<4>().0;
+    let mut rest = &data[command.payload.clone()];
+    let mut piece = to_usize(BLOCK_BYTES - command.header.offset % BLOCK_BYTES);
+    checksums.iter().all(|checksum| {
+        let (fragment, after) = rest.split_at(piece.min(rest.len()));
+        rest = after;
+        piece = to_usize(BLOCK_BYTES);
+        crc32c(fragment) == u32::from_le_bytes(*checksum)
+    })
+}
+
 fn u32_at(data: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(data[at..at + 4].try_into().expect("four bytes"))
 }

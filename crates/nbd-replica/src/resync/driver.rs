@@ -146,9 +146,10 @@ impl ResyncDriver {
             if self.is_outdated(&offer) && !plan.is_told() {
                 return Ended::NotNeeded;
             }
-            let step = self.carry_out(&offer, want.clone(), plan.is_told());
-            tokio::pin!(step);
-            let got = loop {
+            let got = {
+                let step = self.carry_out(&offer, want.clone(), plan.is_told());
+                tokio::pin!(step);
+                loop {
                 tokio::select! {
                     biased;
                     () = self.parts.stop.cancelled() => return Ended::Stopped,
@@ -160,25 +161,28 @@ impl ResyncDriver {
                         Said::Offered(_) if plan.is_told() => {}
                         // What is under way is dropped; what it has stored is found again.
                         Said::Offered(newer) => {
-                            log_start(&newer);
-                            offer = newer;
-                            plan.source_changed();
-                            break None;
+                            break Err(newer);
                         }
                     },
-                    got = &mut step => break Some(got),
+                    got = &mut step => break Ok(got),
+                }
                 }
             };
             want = match got {
-                Some(Ok(got)) => plan.step(began.elapsed(), got),
-                Some(Err(StepError::Store(JobError::Stopped))) => return Ended::Stopped,
-                Some(Err(error)) => {
+                Ok(Ok(got)) => plan.step(began.elapsed(), got),
+                Ok(Err(StepError::Store(JobError::Stopped))) => return Ended::Stopped,
+                Ok(Err(error)) => {
                     let from = &offer.source.node;
                     let error = nbd_rpc::reason(&error);
                     warn!(shard = %self.shard, %from, %error, "a step of the resync failed");
                     plan.step(began.elapsed(), Got::Failed)
                 }
-                None => plan.begin(),
+                Err(newer) => {
+                    log_start(&newer);
+                    offer = newer;
+                    plan.source_changed();
+                    plan.begin()
+                }
             };
         }
     }

@@ -135,7 +135,7 @@ struct Comparison {
 }
 
 impl Comparison {
-    const fn new(snapshot: Box<ShardSnapshot>) -> Self {
+    fn new(snapshot: Box<ShardSnapshot>) -> Self {
         let (differing, refetch) = (Vec::new(), Vec::new());
         Self { snapshot, after: None, differing, stale: false, refetch, verified: false }
     }
@@ -154,7 +154,7 @@ impl Resync {
     }
 
     /// Whether the group has been told and decides what follows.
-    pub(crate) const fn is_told(&self) -> bool {
+    pub(crate) fn is_told(&self) -> bool {
         matches!(self.state, State::Told)
     }
 

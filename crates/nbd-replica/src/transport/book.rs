@@ -27,7 +27,10 @@ struct ShardPeers {
 pub(super) enum Stranger {
     Shard,
     Receiver,
+    /// A replica that is known, on another node or in another data directory.
     Sender,
+    /// A replica that is not known.
+    Newcomer,
 }
 
 impl Book {
@@ -72,7 +75,7 @@ impl Book {
         if peers.local != to {
             return Err(Stranger::Receiver);
         }
-        let address = peers.others.get(&from).ok_or(Stranger::Sender)?;
+        let address = peers.others.get(&from).ok_or(Stranger::Newcomer)?;
         if address.node != *node || address.directory.is_some_and(|known| known != directory) {
             return Err(Stranger::Sender);
         }

@@ -66,6 +66,11 @@ pub trait PeerEvents: Send + Sync {
     /// the group cannot take it now.
     fn message(&self, shard: ShardId, to: ReplicaId, from: ReplicaId, bytes: Bytes);
 
+    /// A message for this node's replica of `shard` has come from a replica that the address book
+    /// does not have, on a node of this cluster: it may have joined while this node was away. Told
+    /// just before [`PeerEvents::message`].
+    fn newcomer(&self, shard: ShardId, peer: ReplicaId, node: &NodeName, directory: u128);
+
     /// A connection from or to this node broke. A hint that its process died, never a proof. May
     /// come several times for one death.
     fn connection_lost(&self, node: &NodeName);

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use nbd_log::checksum::crc32c;
 use nbd_rpc::identity::{
-    check_cluster, check_directory, check_node, check_protocol, directory_from_bytes, node_name,
+    check_cluster, check_node, check_protocol, directory_from_bytes, node_name,
     replica_id,
 };
 use nbd_rpc::v1::deliver_frame::Frame;
@@ -86,7 +86,6 @@ impl TransportService {
             return Err(Refusal::Oneself(node));
         }
         let directory = directory_from_bytes(&hello.directory)?;
-        check_directory(&node, directory, &self.shared.book.read().directories(&node))?;
         let lane =
             Lane::from_wire(hello.lane()).ok_or(Refusal::Malformed("a stream has a lane"))?;
         Ok(Caller { node, directory, incarnation: hello.incarnation, lane })
@@ -267,12 +266,16 @@ impl Receiver {
         if let Err(stranger) = admitted {
             let drops = &self.shared.drops;
             match stranger {
-                Stranger::Shard => &drops.ignored_shard,
-                Stranger::Receiver => &drops.ignored_receiver,
-                Stranger::Sender => &drops.ignored_sender,
+                Stranger::Shard => drops.ignored_shard.increment(1),
+                Stranger::Receiver => drops.ignored_receiver.increment(1),
+                Stranger::Sender => drops.ignored_sender.increment(1),
+                Stranger::Newcomer => {
+                    self.shared.events.newcomer(shard, from, node, *directory);
+                }
             }
-            .increment(1);
-            return Ok(());
+            if stranger != Stranger::Newcomer {
+                return Ok(());
+            }
         }
         if !(self.shared.me.verify)(&bytes) {
             return Err(Refusal::Content("a Raft message"));

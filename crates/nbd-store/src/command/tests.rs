@@ -141,3 +141,18 @@ fn registrations_are_bounded() {
         assert_eq!(decode_registration(&body[..len]), None, "{len}");
     }
 }
+
+#[test]
+fn a_flipped_bit_in_a_payload_is_not_sound() {
+    let write = encode_write(SessionId(1), Epoch(1), 1, VolumeId(1), 4000, &[7; 9000]);
+    let trim = encode_trim(SessionId(1), Epoch(1), 2, VolumeId(1), 0, 8192);
+    let entry = [&write[..], &trim[..]].concat();
+    assert!(is_sound(&entry) && is_sound(&[]));
+    let payload = write.len() - 9000;
+    for at in [payload, payload + 95, payload + 96, payload + 4192, write.len() - 1] {
+        let mut bad = entry.clone();
+        bad[at] ^= 1;
+        assert!(!is_sound(&bad), "byte {at}");
+    }
+    assert!(!is_sound(&entry[..entry.len() - 1]));
+}
