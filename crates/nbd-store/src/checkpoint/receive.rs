@@ -117,6 +117,7 @@ impl Checkpointer {
             txn.commit().map_err(MetadataError::from)
         })?;
         self.records.insert(shard, record);
+        self.members.insert(shard, Arc::clone(&members));
         let mut state = target.state.write();
         state.replica = record.replica;
         state.metadata.members = members;
@@ -400,6 +401,7 @@ impl Checkpointer {
         txn.commit().map_err(MetadataError::from)?;
         let left = self.slots.committed();
         self.records.insert(shard, record);
+        self.members.insert(shard, Arc::clone(&metadata.members));
         let mut state = target.state.write();
         let frozen = state.frozen.take();
         let active = std::mem::take(&mut state.active);
