@@ -316,6 +316,44 @@ fn power_loss_at_the_receiver_anywhere_in_a_transfer() {
 }
 
 #[test]
+fn a_chunk_that_the_old_log_brings_back_goes_again() {
+    let (source_disk, disk) = (MemoryDisk::new(1), MemoryDisk::new(2));
+    let (mut source, mut node) = (reopen(&source_disk).unwrap(), reopen(&disk).unwrap());
+    let volume = VolumeId((u64::from(SHARD.0) << 32) | 1);
+    let size = SIZE as u64;
+    let chunk = |at: u64, fill| Op::Write { offset: at * CHUNK as u64, len: 4096, fill };
+    let trim = Op::Trim { offset: 0, len: 5 * CHUNK as u64 };
+    let zeroes = Op::Zero { offset: 5 * CHUNK as u64, len: 2 * CHUNK as u64, no_hole: true };
+    let all = Op::Trim { offset: 5 * CHUNK as u64, len: size - 5 * CHUNK as u64 };
+    let ops = [chunk(9, 1), chunk(3, 2), zeroes, trim, all, chunk(11, 3)];
+    let mut model = Model::new(SIZE);
+    ops.iter().for_each(|op| model.apply(*op));
+    let create = encode_create_volume("v", size, "").unwrap();
+    let mut entries = vec![create, common::open_session(volume), encode_add_counter(42)];
+    entries.extend((1..).zip(ops).map(|(seq, op)| op.encode(seq, volume)));
+    let (rng, seq) = (StdRng::seed_from_u64(1), 100);
+    let history = History { entries, volume, model, rng, seq };
+
+    // The receiver has not yet applied what wrote chunks 3, 5 and 6.
+    follow(&mut node, &history, 6, 4);
+    node.checkpoint().unwrap();
+    let end = history.entries.len();
+    follow(&mut source, &history, end, end);
+    source.checkpoint().unwrap();
+    let snapshot = source.reader.snapshot().unwrap();
+    let page = source.reader.manifest(LogIndex(4), None, 100).unwrap();
+    assert_eq!(page.chunks.len(), 1);
+    let image = source.reader.read_chunk(volume, ChunkIndex(11)).unwrap().unwrap();
+    node.checkpointer.write_chunks(SHARD, vec![image]).unwrap();
+    let removed = node.checkpointer.remove_absent(SHARD, None, page.next, &page.present).unwrap();
+    assert_eq!(removed, 1, "chunk 9");
+    apply(&mut node, &history, 6);
+    node.checkpoint().unwrap();
+    assert_eq!(node.reader.manifest(LogIndex(0), None, 100).unwrap().chunks.len(), 4);
+    finish(&mut node, &mut source, &history, &snapshot);
+}
+
+#[test]
 fn what_was_fetched_before_a_crash_is_not_fetched_again() {
     let setup = setup(300);
     let (mut source, disk, mut history) = setup.open(1);
