@@ -480,8 +480,8 @@ impl Checkpointer {
     }
 
     /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard
-    /// states of shards that applied nothing. Returns the shards' records to be, and the hard states
-    /// in them.
+    /// states of shards that applied nothing. Returns the shards' records to be, and the hard
+    /// states in them.
     fn put_metadata(
         &self,
         txn: &WriteTransaction,

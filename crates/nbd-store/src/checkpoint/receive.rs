@@ -1,12 +1,13 @@
 //! Taking over what other replicas have: whole transfers, and single chunks as repairs.
 //!
 //! While a transfer is under way the shard's old state stays in force: its metadata, its log, its
-//! overlays. Chunks that were fetched are as new as the source's base or newer, and so hold all that
-//! any entry of the old log did to them. Those entries may still be applied, now or again after a
-//! crash, and checkpoints may run: `Checkpointer::place` leaves a home alone that is newer than a
-//! change. What it must not leave is a chunk that the source does not have, and that an entry of the
-//! old log brings back after it was removed: such chunks are noted, and go when the snapshot is
-//! installed. After a crash nothing is noted, but then the manifest is walked again from its start.
+//! overlays. Chunks that were fetched are as new as the source's base or newer, and so hold all
+//! that any entry of the old log did to them. Those entries may still be applied, now or again
+//! after a crash, and checkpoints may run: `Checkpointer::place` leaves a home alone that is newer
+//! than a change. What it must not leave is a chunk that the source does not have, and that an
+//! entry of the old log brings back after it was removed: such chunks are noted, and go when the
+//! snapshot is installed. After a crash nothing is noted, but then the manifest is walked again
+//! from its start.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -124,8 +125,8 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Takes over chunks of another replica, of volumes known here or not. Durable on return, all or
-    /// none; those of which a newer version is at home are left out.
+    /// Takes over chunks of another replica, of volumes known here or not. Durable on return, all
+    /// or none; those of which a newer version is at home are left out.
     ///
     /// The source's base must be at or behind every entry that this shard's log may still apply,
     /// which is so if a snapshot of it is newer than the log; see [`crate::transfer`].
@@ -177,7 +178,7 @@ impl Checkpointer {
         let mut all_removed = 0;
         loop {
             let (removed, more) =
-                self.attempt(|this| this.remove_some(shard, (after, next), &is_absent))?;
+                self.attempt(|this| this.remove_some(shard, (after, next), is_absent))?;
             all_removed += removed;
             if !more {
                 break;
@@ -217,15 +218,16 @@ impl Checkpointer {
     }
 
     /// Puts a snapshot in the place of the shard's state, once all chunks that its source had, and
-    /// none that it had not, are here. Atomic, durable on return; readers see the new state at once.
+    /// none that it had not, are here. Atomic, durable on return; readers see the new state at
+    /// once.
     ///
     /// `hard_state` is Raft's own, of which term and vote count. Entries of the shard that lie
     /// before `log_floor` in the log ([`nbd_log::log::SegmentPool::next_position`]) are void from
     /// then on; no entry of the shard may be on its way to the log.
     ///
     /// # Errors
-    /// [`ReceiveError::BadSnapshot`], [`ReceiveError::Stale`] or [`ReceiveError::Overtaken`], or the
-    /// store has no room or failed.
+    /// [`ReceiveError::BadSnapshot`], [`ReceiveError::Stale`] or [`ReceiveError::Overtaken`], or
+    /// the store has no room or failed.
     pub fn install(
         &mut self,
         shard: ShardId,
