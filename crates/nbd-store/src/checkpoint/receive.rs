@@ -143,7 +143,8 @@ impl Checkpointer {
         self.receiving.entry(shard).or_default();
         self.attempt(|this| {
             this.put_images(&images, |home, image| {
-                home.is_none_or(|home| home.last_index <= image.last_index)
+                let is_newer = home.is_some_and(|home| home.last_index > image.last_index);
+                (!is_newer).then_some(image.last_index)
             })
         })?;
         if let Some(receiving) = self.receiving.get_mut(&shard) {
@@ -274,7 +275,10 @@ impl Checkpointer {
         };
         let images = std::slice::from_ref(image);
         let replaced = self.attempt(|this| {
-            this.put_images(images, |home, image| home.is_some_and(|home| is_same(home, image)))
+            // It stays the version that it was, whatever the copy says.
+            this.put_images(images, |home, image| {
+                home.filter(|home| is_same(home, image)).map(|home| home.last_index)
+            })
         })?;
         Ok(replaced > 0)
     }
@@ -290,12 +294,12 @@ impl Checkpointer {
         }
     }
 
-    /// Gives the images homes in fresh slots where `wanted`, in one transaction. Returns how many
-    /// got one.
+    /// Gives the images homes in fresh slots, of the version that `version` says or not at all, in
+    /// one transaction. Returns how many got one.
     fn put_images(
         &mut self,
         images: &[ChunkImage],
-        wanted: impl Fn(Option<&ChunkMeta>, &ChunkImage) -> bool,
+        version: impl Fn(Option<&ChunkMeta>, &ChunkImage) -> Option<LogIndex>,
     ) -> Result<u64, CheckpointError> {
         if self.changes_max()? < images.len() {
             return Err(CheckpointError::NoSpace);
@@ -306,10 +310,10 @@ impl Checkpointer {
         for image in images {
             let key = (image.volume, image.chunk);
             let old = database::get_chunk(&table, key)?;
-            if !wanted(old.as_ref(), image) {
-                continue;
-            }
-            let meta = self.home_for(image, &mut round)?;
+            let Some(last_index) = version(old.as_ref(), image) else { continue };
+            let slot = self.take_slot(&mut round)?.ok_or(CheckpointError::NoSpace)?;
+            let ChunkImage { present, zero, crcs, .. } = *image;
+            let meta = ChunkMeta { slot, last_index, present, zero, crcs };
             if let Some(old) = old {
                 self.slots.leave(old.slot);
             }
@@ -325,16 +329,6 @@ impl Checkpointer {
         let put = round.changed.len() as u64;
         self.commit_chunks(txn, round.changed)?;
         Ok(put)
-    }
-
-    fn home_for(
-        &mut self,
-        image: &ChunkImage,
-        round: &mut Round,
-    ) -> Result<ChunkMeta, CheckpointError> {
-        let slot = self.take_slot(round)?.ok_or(CheckpointError::NoSpace)?;
-        let ChunkImage { last_index, present, zero, crcs, .. } = *image;
-        Ok(ChunkMeta { slot, last_index, present, zero, crcs })
     }
 
     /// Makes homes that changed durable, and lets go of the slots that were left.

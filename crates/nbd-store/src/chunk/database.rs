@@ -341,11 +341,7 @@ impl Reader {
 type RowBounds = (Bound<(u64, u64)>, Bound<(u64, u64)>);
 
 /// The keys of a shard's chunks behind `after`, up to and with `through`; `None`: all.
-fn shard_keys(
-    shard: ShardId,
-    after: Option<ChunkKey>,
-    through: Option<ChunkKey>,
-) -> RowBounds {
+fn shard_keys(shard: ShardId, after: Option<ChunkKey>, through: Option<ChunkKey>) -> RowBounds {
     let (volumes, key) = (shard_volumes(shard), |(volume, chunk): ChunkKey| (volume.0, chunk.0));
     let first = (volumes.start().0, 0);
     let last = (volumes.end().0, u64::MAX);
