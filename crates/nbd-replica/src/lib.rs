@@ -15,6 +15,7 @@
 //! - [`app`]: starts and stops everything; who waits for whom is drawn there.
 //! - `nbd`: connections and sessions. `group_task`: owner of a group and of its shard's writer.
 //!   `log_thread`, `checkpoint_thread`: the two that wait for the disk.
+//! - [`transport`]: Raft messages to and from the other nodes.
 //! - `http`: `/health`. `budget`, `limits`: what is bounded, and by how much. `metrics`: what is
 //!   counted.
 
@@ -29,6 +30,7 @@ mod limits;
 mod log_thread;
 mod metrics;
 mod nbd;
+pub mod transport;
 
 pub use app::{Replica, StartError};
 pub use config::{Args, Config, InvalidConfig, Tuning};
