@@ -293,7 +293,7 @@ impl DigestsAt {
         range: std::ops::Range<ChunkIndex>,
     ) -> Result<Self, ReadError> {
         // The shortest page there is, for what it is as of.
-        let applied = || Ok::<_, ReadError>(reader.manifest(LogIndex::ZERO, None, 1)?.applied);
+        let applied = || reader.manifest(LogIndex::ZERO, None, 1).map(|page| page.applied);
         let before = applied()?;
         let chunks = reader.chunk_digests(volume, range)?;
         let after = applied()?;

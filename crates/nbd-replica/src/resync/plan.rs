@@ -154,7 +154,7 @@ impl Resync {
     }
 
     /// Whether the group has been told and decides what follows.
-    pub(crate) fn is_told(&self) -> bool {
+    pub(crate) const fn is_told(&self) -> bool {
         matches!(self.state, State::Told)
     }
 
