@@ -8,6 +8,9 @@ use tonic::{Code, Status, Streaming};
 
 use super::*;
 
+/// Makes one thing wrong.
+type Change<T> = fn(&mut T);
+
 /// Node 2's hello to node 1, as it should be.
 fn hello() -> DeliverHello {
     DeliverHello {
@@ -88,7 +91,7 @@ async fn callee() -> Node {
 #[tokio::test]
 async fn a_caller_that_does_not_belong_is_refused() {
     let one = callee().await;
-    let cases: [(&str, fn(&mut DeliverHello), Code, &str); 9] = [
+    let cases: [(&str, Change<DeliverHello>, Code, &str); 9] = [
         ("protocol", |h| h.protocol = 2, Code::FailedPrecondition, "protocol version 2"),
         ("cluster", |h| h.cluster = "other".into(), Code::FailedPrecondition, "cluster \"other\""),
         ("node", |h| h.to_node = "n9".into(), Code::FailedPrecondition, "wants the node \"n9\""),
@@ -124,7 +127,7 @@ async fn a_caller_that_does_not_belong_is_refused() {
 async fn strangers_messages_are_dropped_and_others_taken() {
     let mut one = callee().await;
     let call = Call::begin(&one, frame(Frame::Hello(hello()))).await.unwrap();
-    let cases: [(&str, fn(&mut RaftMessage)); 3] = [
+    let cases: [(&str, Change<RaftMessage>); 3] = [
         ("shard", |m| m.shard = 99),
         ("receiver", |m| m.to_replica = 4),
         ("sender", |m| m.from_replica = 3),
@@ -159,7 +162,7 @@ async fn damaged_and_malformed_messages_end_the_stream() {
     });
     let one = one.await;
     one.knows([(2, "127.0.0.1:1".parse().unwrap())]);
-    let cases: [(fn(&mut RaftMessage), Code, &str); 4] = [
+    let cases: [(Change<RaftMessage>, Code, &str); 4] = [
         (|m| m.crc32c ^= 1, Code::DataLoss, "CRC32C"),
         (|m| m.message = "other bytes".into(), Code::DataLoss, "CRC32C"),
         (|m| *m = message("bad content"), Code::DataLoss, "checksums inside"),
