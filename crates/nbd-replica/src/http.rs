@@ -5,13 +5,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::chunk_service::DIGEST_RANGES_MAX;
 use axum::Json;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use nbd_consensus::Role;
-use crate::chunk_service::DIGEST_RANGES_MAX;
 use nbd_store::{Outcome, ReadError, ShardReader, command};
 use nbd_topology::NodeName;
 use serde::Serialize;

@@ -156,8 +156,7 @@ async fn a_replica_that_is_not_known_is_announced_and_heard() {
     call.send(vec![message("under the old id"), newcomer]).await;
     let announced = Event::Newcomer { peer: replica(9), node: node_name(2), directory: 7 };
     assert_eq!(one.event().await, announced);
-    let heard =
-        Event::Message { to: replica(1), from: replica(9), bytes: "under a new id".into() };
+    let heard = Event::Message { to: replica(1), from: replica(9), bytes: "under a new id".into() };
     assert_eq!(one.event().await, heard);
 }
 
