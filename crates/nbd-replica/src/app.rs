@@ -36,12 +36,13 @@ use nbd_log::io::{DiskLock, FileDisk};
 use nbd_service::http::serve_http;
 use nbd_service::telemetry::PrometheusHandle;
 use nbd_service::{HostPort, Readiness, Shutdown, health};
-use nbd_store::{NodeStore, OpenError, StoreOptions};
+use nbd_store::{NodeStore, OpenError, Owner, StoreOptions};
 use nbd_topology::{NodeName, ShardId};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 use self::services::Services;
 use self::shards::ShardStarter;
@@ -54,6 +55,8 @@ use crate::http::{Health, ShardProbe};
 use crate::log_thread;
 use crate::metrics::NbdMetrics;
 use crate::nbd::{Listener, Node};
+use crate::session_service;
+use crate::shard_client::{Access, CorruptReads, Links, Room, ShardClient, end_earlier_sessions};
 
 /// A running node.
 #[derive(Debug)]
@@ -160,6 +163,8 @@ impl Replica {
             let (handle, keeper, mailbox) = group_task::mailbox(shard.reader.clone());
             handles.push(handle.clone());
             keepers.push(keeper);
+            // What recovery found stays until the group says otherwise.
+            segments.retain(shard.shard, shard.raft.compacted.0);
             recovered.push((shard, handle, mailbox));
         }
         let (damaged_tx, damaged) = tokio::sync::mpsc::channel(DAMAGED_MAX);
@@ -193,19 +198,51 @@ impl Replica {
             abandon: abandon.clone(),
         };
         let resync = starter.start_all(recovered, &groups);
-        services.serve(grpc, &config, &resync, damaged);
+        let nbd_metrics = NbdMetrics::new();
+        let access = Arc::new(Access {
+            cluster: config.cluster.name().clone(),
+            owner: Owner {
+                node: xxh3_64(config.node.as_str().as_bytes()),
+                incarnation: rand::random(),
+            },
+            links: Links::default(),
+            room: Room { space, checkpoints: checkpoints.clone() },
+            repair: services.repair(),
+            shutdown: shutdown.clone(),
+            corrupt: CorruptReads(nbd_metrics.corrupt.clone()),
+        });
+        let clients: HashMap<_, _> = handles
+            .iter()
+            .map(|group| {
+                let client = ShardClient { group: group.clone(), access: Arc::clone(&access) };
+                (group.shard(), client)
+            })
+            .collect();
+        for client in clients.values() {
+            shutdown.spawn(end_earlier_sessions(client.clone()));
+        }
+        services.serve(grpc, &config, session_service::service(clients.clone()), &resync, damaged);
 
         let readiness = serve_readiness(&handles, &shutdown);
-        serve_probes(&config, http, metrics, &handles, &failure, &readiness, &shutdown);
+        let probe = |client: &ShardClient| {
+            let resync = resync[&client.group.shard()].clone();
+            Arc::new(ShardProbe::new(client.clone(), resync))
+        };
+        let health = Health {
+            node: config.node.clone(),
+            failure: failure.clone(),
+            deadline: config.tuning.health_deadline.get(),
+            shards: clients.values().map(probe).collect(),
+            checkpoints: checkpoints.clone(),
+        };
+        serve_probes(http, metrics, health, &readiness, &shutdown);
         let node = Node {
             shard_count: config.cluster.shard_count(),
-            groups: handles.iter().map(|g| (g.shard(), g.clone())).collect::<HashMap<_, _>>(),
+            shards: clients,
             volumes: config.volumes,
             budget: ByteBudget::new(config.tuning.request_bytes_max.bytes()),
-            space,
-            checkpoints: checkpoints.clone(),
             shutdown: shutdown.clone(),
-            metrics: NbdMetrics::new(),
+            metrics: nbd_metrics,
         };
         let connections_max = config.tuning.connections_max as usize;
         shutdown.spawn(Listener::new(listener, Arc::new(node), connections_max).run());
@@ -418,20 +455,12 @@ fn serve_readiness(groups: &[GroupHandle], shutdown: &Shutdown) -> Readiness {
 }
 
 fn serve_probes(
-    config: &Config,
     listener: TcpListener,
     metrics: PrometheusHandle,
-    groups: &[GroupHandle],
-    failure: &Failure,
+    health: Health,
     readiness: &Readiness,
     shutdown: &Shutdown,
 ) {
-    let health = Health {
-        node: config.node.clone(),
-        failure: failure.clone(),
-        deadline: config.tuning.health_deadline.get(),
-        shards: groups.iter().cloned().map(|group| Arc::new(ShardProbe::new(group))).collect(),
-    };
     let router =
         health::probes(readiness.clone(), metrics).merge(crate::http::router(Arc::new(health)));
     let stop = shutdown.token();

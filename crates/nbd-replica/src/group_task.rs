@@ -20,13 +20,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nbd_consensus::{Role, SnapshotOffer, Status};
-use nbd_shard::{Actions, Answer, Event, FetchPlan, Persisted, ShardReplica};
+use nbd_shard::{Actions, Event, FetchPlan, Persisted, ShardReplica};
 use nbd_store::{Outcome, ReplicaInfo, ShardReader, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, NodeName, ReplicaId, ShardId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
+
+pub(crate) use nbd_shard::Answer;
 
 use crate::clock;
 use crate::failure::{FailOnPanic, Failure};
@@ -203,11 +205,6 @@ impl GroupHandle {
                 Err(RunError::Lost)
             }
         }
-    }
-
-    pub(crate) async fn serving(&self) -> Result<(), GroupStopped> {
-        let mut route = self.route.clone();
-        route.wait_for(|route| route.serving).await.map(|_| ()).map_err(|_| GroupStopped)
     }
 
     /// Permission to read from this replica's store without asking its peers, if it holds a lease.
@@ -400,8 +397,6 @@ impl GroupTask {
             parts,
         };
         task.learn_members();
-        // What recovery found stays, until this task says otherwise.
-        task.parts.log.retain(shard, task.parts.replica.status().compacted);
         task
     }
 

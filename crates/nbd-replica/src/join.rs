@@ -98,11 +98,6 @@ impl RemovedShards {
         self.shards.borrow().contains(&shard)
     }
 
-    /// The shards, now and as they become more.
-    pub(crate) fn subscribe(&self) -> watch::Receiver<BTreeSet<ShardId>> {
-        self.shards.subscribe()
-    }
-
     fn add(&self, shard: ShardId) {
         self.shards.send_modify(|shards| _ = shards.insert(shard));
     }
@@ -300,13 +295,10 @@ mod tests {
     }
 
     #[test]
-    fn removed_shards_are_seen_by_those_who_watch() {
+    fn removed_shards_are_remembered() {
         let removed = RemovedShards::new();
-        let mut watched = removed.subscribe();
         assert!(!removed.contains(ShardId(3)));
         removed.add(ShardId(3));
         assert!(removed.contains(ShardId(3)));
-        assert!(watched.has_changed().unwrap());
-        assert_eq!(watched.borrow_and_update().len(), 1);
     }
 }

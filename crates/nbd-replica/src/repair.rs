@@ -19,6 +19,7 @@ use tracing::{debug, error, info, warn};
 use crate::checkpoint_thread::CheckpointHandle;
 use crate::resync::ChunkPeers;
 use crate::resync::source::{ChunkSource, SourceError};
+use crate::shard_client::{BlockRepair, Fetched};
 
 /// | name | meaning |
 /// | --- | --- |
@@ -209,5 +210,11 @@ impl Repairer {
             Ok((info, source))
         };
         members.into_iter().filter_map(|info| source(info).ok()).collect()
+    }
+}
+impl BlockRepair for Repairer {
+    fn fetch(&self, volume: VolumeId, block: u64, crc: u32) -> Fetched {
+        let repairer = self.clone();
+        Box::pin(async move { repairer.fetch(volume.shard(), volume, block, crc).await })
     }
 }

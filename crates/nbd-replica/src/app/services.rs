@@ -8,6 +8,7 @@ use std::sync::Arc;
 use nbd_rpc::MESSAGE_BYTES_MAX;
 use nbd_rpc::v1::admin_server::AdminServer;
 use nbd_rpc::v1::chunks_server::ChunksServer;
+use nbd_rpc::v1::session_server::SessionServer;
 use nbd_store::{DamagedChunk, Formation, ShardReader};
 use nbd_topology::ShardId;
 use tokio::net::TcpListener;
@@ -29,6 +30,8 @@ use crate::peers::{Addresses, GroupEvents};
 use crate::repair::{RepairParts, Repairer};
 use crate::resync::{ChunkPeers, ResyncParts, ResyncProgress, Throttle};
 use crate::scrub::{Comparer, ScrubParts, ScrubState, Scrubber};
+use crate::session_service::SessionService;
+use crate::shard_client::BlockRepair;
 use crate::transport::{Transport, TransportHandle};
 
 /// What the shards of a node share beside log and store. Clones are the same.
@@ -129,6 +132,11 @@ impl Services {
         self.transport.clone()
     }
 
+    /// Good copies of damaged blocks, from other replicas.
+    pub(super) fn repair(&self) -> Arc<dyn BlockRepair> {
+        Arc::new(self.repairer.clone())
+    }
+
     /// Runs a task until the network stops; it watches for that itself.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.tasks.spawn(task);
@@ -184,6 +192,7 @@ impl Services {
         &self,
         listener: TcpListener,
         config: &Config,
+        sessions: SessionServer<SessionService>,
         resync: &ResyncProgresses,
         damaged: mpsc::Receiver<DamagedChunk>,
     ) {
@@ -210,6 +219,7 @@ impl Services {
         });
         let server = nbd_rpc::server()
             .add_service(self.transport.service())
+            .add_service(sessions)
             .add_service(
                 AdminServer::new(admin)
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)
