@@ -154,6 +154,7 @@ pub(crate) fn outcome_to(outcome: &Outcome) -> Option<v1::CommandOutcome> {
         Outcome::VolumeCreated(volume) => Wire::VolumeCreated(volume_to(volume)),
         Outcome::VolumeExists(volume) => Wire::VolumeExists(volume_to(volume)),
         Outcome::SessionClosed => Wire::SessionClosed(v1::Empty {}),
+        Outcome::SessionsEnded(count) => Wire::SessionsEnded(*count),
         Outcome::Counter(value) => Wire::Counter(*value),
         Outcome::Rejected(rejection) => Wire::Rejected(rejection_to(*rejection).into()),
         _ => return None,
@@ -167,7 +168,7 @@ fn outcome_from(outcome: v1::CommandOutcome) -> Option<Outcome> {
         Wire::VolumeCreated(volume) => Outcome::VolumeCreated(volume_from(volume)),
         Wire::VolumeExists(volume) => Outcome::VolumeExists(volume_from(volume)),
         Wire::SessionClosed(_) => Outcome::SessionClosed,
-        Wire::SessionsEnded(_) => return None,
+        Wire::SessionsEnded(count) => Outcome::SessionsEnded(count),
         Wire::Counter(value) => Outcome::Counter(value),
         Wire::Rejected(rejection) => Outcome::Rejected(rejection_from(rejection)?),
     })
