@@ -294,3 +294,6 @@ impl Resync {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
