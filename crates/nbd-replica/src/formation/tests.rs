@@ -116,3 +116,142 @@ fn nodes_that_are_configured_differently_do_not_form_together() {
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
     }
 }
+
+mod loopback {
+    use std::sync::Arc;
+
+    use nbd_log::io::MemoryDisk;
+    use nbd_rpc::v1::admin_server::AdminServer;
+    use nbd_store::{NodeStore, StoreOptions};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::admin_service::{AdminParts, AdminService, AdminShard};
+    use crate::checkpoint_thread::{CheckpointThread, DAMAGED_MAX};
+    use crate::failure::Failure;
+    use crate::group_task::{self, GroupKeeper, GroupMailbox};
+    use crate::join::RemovedShards;
+    use crate::scrub::ScrubState;
+
+    const SHARD: ShardId = ShardId(0);
+
+    /// A node whose group is not started: it can only form.
+    struct Node {
+        former: Former,
+        reader: ShardReader,
+        checkpoints: CheckpointHandle,
+        thread: Option<std::thread::JoinHandle<()>>,
+        _group: (GroupKeeper, GroupMailbox),
+        _lock: Box<dyn nbd_log::io::DiskLock>,
+    }
+
+    impl Node {
+        fn start(disk: &MemoryDisk, n: u64, founders: &Founders, listener: TcpListener) -> Self {
+            let grpc = listener.local_addr().unwrap().to_string();
+            let options = StoreOptions {
+                cluster: "demo".parse().unwrap(),
+                node: format!("n{n}").parse().unwrap(),
+                shards: vec![SHARD],
+                segment_bytes: 1 << 20,
+                log_bytes_max: 8 << 20,
+                log_cache_bytes: 1 << 16,
+                checkpoint_log_bytes: 2 << 20,
+                meta_cache_bytes: 1 << 16,
+                space_reserve_bytes: 0,
+                decode_change: nbd_consensus::decode_change,
+                fault: None,
+                rng_seed: rand::random(),
+            };
+            let store = NodeStore::open(Arc::new(disk.clone()), options).unwrap();
+            let NodeStore { segments, checkpointer, mut shards, space, identity, lock, .. } = store;
+            let reader = shards.remove(0).reader;
+            let (group, keeper, mailbox) = group_task::mailbox(reader.clone());
+            let checkpoints = CheckpointHandle::new();
+            let thread = CheckpointThread {
+                checkpointer,
+                segments,
+                space,
+                groups: Vec::new(),
+                handle: checkpoints.clone(),
+                damaged: tokio::sync::mpsc::channel(DAMAGED_MAX).0,
+                failure: Failure::default(),
+            };
+            let (peers, stop) = (Arc::new(AdminPeers::default()), CancellationToken::new());
+            let oneself = Arc::new(Oneself {
+                cluster: identity.cluster.clone(),
+                node: identity.node.clone(),
+                directory: identity.directory,
+                addresses: ReplicaAddresses { grpc, ..Default::default() },
+            });
+            let resync = tokio::sync::watch::channel(None).1;
+            let shard = AdminShard { group, founders: founders.clone(), resync };
+            let service = AdminService::new(AdminParts {
+                oneself: Arc::clone(&oneself),
+                shards: HashMap::from([(SHARD, shard)]),
+                peers: Arc::clone(&peers),
+                removed: RemovedShards::new(),
+                scrub: ScrubState::default(),
+                stop: stop.clone(),
+            });
+            let server = nbd_rpc::server().add_service(AdminServer::new(service));
+            tokio::spawn(server.serve_with_incoming(nbd_rpc::incoming(listener)));
+            let former = Former { oneself, peers, checkpoints: checkpoints.clone(), stop };
+            Self {
+                former,
+                reader,
+                checkpoints,
+                thread: Some(thread.spawn().unwrap()),
+                _group: (keeper, mailbox),
+                _lock: lock,
+            }
+        }
+
+        async fn form(&self, founders: &Founders) -> Formation {
+            let formed = self.former.form(&self.reader, founders);
+            tokio::time::timeout(Duration::from_secs(20), formed).await.unwrap().unwrap()
+        }
+    }
+
+    impl Drop for Node {
+        fn drop(&mut self) {
+            self.former.stop.cancel();
+            self.checkpoints.stop();
+            if let Some(thread) = self.thread.take() {
+                let _ = thread.join();
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn three_nodes_that_start_one_after_the_other_form_one_group() {
+        let mut listeners = Vec::new();
+        for _ in 0..3 {
+            listeners.push(TcpListener::bind("127.0.0.1:0").await.unwrap());
+        }
+        let at = |n: usize| listeners[n].local_addr().unwrap().to_string();
+        let nodes = (0..3).map(|n| (format!("n{}", n + 1).parse().unwrap(), at(n)));
+        let founders = Founders { nodes: nodes.collect() };
+        let mut rest = listeners.into_iter();
+        let disks: Vec<_> = (1..=3).map(MemoryDisk::new).collect();
+
+        let first = Node::start(&disks[0], 1, &founders, rest.next().unwrap());
+        let second = Node::start(&disks[1], 2, &founders, rest.next().unwrap());
+        let waiting = first.former.form(&first.reader, &founders);
+        let waited = tokio::time::timeout(Duration::from_millis(500), waiting).await;
+        assert!(waited.is_err(), "a node that was not heard must not be formed without");
+        assert_eq!(first.reader.formation(), None);
+
+        let third = Node::start(&disks[2], 3, &founders, rest.next().unwrap());
+        let (one, two) = tokio::join!(first.form(&founders), second.form(&founders));
+        // By now the others have formed: it does as they did.
+        let three = third.form(&founders).await;
+        for (n, formation) in (1..).zip([&one, &two, &three]) {
+            assert_eq!(formation.replica, id(n));
+            assert_eq!(formation.membership, Membership::of_voters((1..=3).map(id)));
+            assert_eq!((&formation.replicas, formation.next_replica), (&one.replicas, 4));
+        }
+        assert_eq!(third.reader.formation(), Some(three), "it is stored");
+        // Formed nodes know themselves, whatever others say.
+        assert_eq!(first.form(&founders).await, one);
+    }
+}

@@ -20,14 +20,13 @@ use tracing::{debug, info, warn};
 
 use super::compare::{unequal_ranges, unfinished};
 use super::plan::{Got, Resync, Want};
-use super::progress::{Meter, ResyncProgress};
+use super::progress::{Meter, ResyncProgress, Total};
 use super::source::{ChunkPeers, ChunkSource, SourceError};
 use super::throttle::Throttle;
-use super::{Offer, ResyncInbox, Said};
+use super::{Offer, ResyncGroup, ResyncInbox, Said};
 use crate::checkpoint_thread::{CheckpointHandle, JobError};
 use crate::chunk_service::{DIGEST_RANGES_MAX, DigestsAt};
 use crate::failure::Failure;
-use crate::group_task::GroupHandle;
 
 /// Bytes of chunks that are stored together. A job of this size takes the disk some 10 ms, for which
 /// a checkpoint may have to wait.
@@ -38,8 +37,8 @@ const INSTALL_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a driver is made of.
 #[derive(Debug)]
-pub(crate) struct ResyncParts {
-    pub(crate) group: GroupHandle,
+pub(crate) struct ResyncParts<G> {
+    pub(crate) group: G,
     pub(crate) checkpoints: CheckpointHandle,
     pub(crate) peers: Arc<ChunkPeers>,
     /// Shared by all shards of the node.
@@ -51,12 +50,12 @@ pub(crate) struct ResyncParts {
 
 /// Catches one shard's replica up.
 #[derive(Debug)]
-pub(crate) struct ResyncDriver {
-    parts: ResyncParts,
+pub(crate) struct ResyncDriver<G> {
+    parts: ResyncParts<G>,
     shard: ShardId,
     reader: ShardReader,
     inbox: ResyncInbox,
-    meter: Meter,
+    pub(super) meter: Meter,
 }
 
 /// Why a step failed.
@@ -75,7 +74,8 @@ enum StepError {
 }
 
 /// How a resync came to its end.
-enum Ended {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
     /// The replica is as far as the snapshot.
     Installed,
     /// The log reaches it after all.
@@ -92,9 +92,10 @@ enum Turn {
     Ended(Ended),
 }
 
-impl ResyncDriver {
-    pub(crate) fn new(parts: ResyncParts, inbox: ResyncInbox) -> Self {
-        let (shard, reader) = (parts.group.shard(), parts.group.reader().clone());
+impl<G: ResyncGroup> ResyncDriver<G> {
+    pub(crate) fn new(parts: ResyncParts<G>, inbox: ResyncInbox) -> Self {
+        let reader = parts.group.reader().clone();
+        let shard = reader.shard();
         Self { parts, shard, reader, inbox, meter: Meter::new(shard) }
     }
 
@@ -115,10 +116,11 @@ impl ResyncDriver {
                 Said::Offered(offer) => {
                     self.meter.begin();
                     let ended = self.resync(offer).await;
-                    let (bytes, elapsed) = self.meter.end();
+                    let Total { bytes, received, elapsed } = self.meter.end();
                     match ended {
                         Ended::Installed => {
-                            info!(shard = %self.shard, bytes, ?elapsed, "resync finished");
+                            let shard = self.shard;
+                            info!(%shard, bytes, received, ?elapsed, "resync finished");
                         }
                         Ended::NotNeeded => {
                             info!(shard = %self.shard, "resync given up: the log suffices");
@@ -142,7 +144,7 @@ impl ResyncDriver {
     }
 
     /// Runs one resync to its end.
-    async fn resync(&self, mut offer: Offer) -> Ended {
+    pub(super) async fn resync(&self, mut offer: Offer) -> Ended {
         let began = Instant::now();
         let mut plan = Resync::new();
         let mut want = plan.begin();

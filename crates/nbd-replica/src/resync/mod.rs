@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use nbd_consensus::SnapshotOffer;
 use nbd_shard::InstallPlan;
-use nbd_store::ReplicaInfo;
+use nbd_store::{ReplicaInfo, ShardReader, ShardSnapshot};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -32,6 +32,37 @@ pub(crate) use self::driver::{ResyncDriver, ResyncParts, digest_range_from};
 pub(crate) use self::progress::ResyncProgress;
 pub(crate) use self::source::ChunkPeers;
 pub(crate) use self::throttle::Throttle;
+use crate::group_task::{GroupHandle, GroupStopped};
+
+/// The group that a driver works for.
+pub(crate) trait ResyncGroup: Send + Sync + 'static {
+    /// Reads the group's shard.
+    fn reader(&self) -> &ShardReader;
+
+    /// Says that everything this snapshot needs is in the store. The group then has it installed, or
+    /// drops it.
+    fn resync_ready(
+        &self,
+        snapshot: ShardSnapshot,
+    ) -> impl Future<Output = Result<(), GroupStopped>> + Send;
+
+    /// Says that the store was switched to the snapshot.
+    fn installed(&self) -> impl Future<Output = Result<(), GroupStopped>> + Send;
+}
+
+impl ResyncGroup for GroupHandle {
+    fn reader(&self) -> &ShardReader {
+        self.reader()
+    }
+
+    async fn resync_ready(&self, snapshot: ShardSnapshot) -> Result<(), GroupStopped> {
+        self.resync_ready(snapshot).await
+    }
+
+    async fn installed(&self) -> Result<(), GroupStopped> {
+        self.installed().await
+    }
+}
 
 /// A source and what it offers.
 #[derive(Debug, Clone, PartialEq, Eq)]

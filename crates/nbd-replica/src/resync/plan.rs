@@ -286,3 +286,6 @@ impl Resync {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -47,7 +47,18 @@ struct Count {
     began: Instant,
     logged: Instant,
     done: u64,
+    received: u64,
     total: u64,
+}
+
+/// What a resync came to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Total {
+    /// Bytes of chunks dealt with.
+    pub(crate) bytes: u64,
+    /// Of these, bytes that were fetched.
+    pub(crate) received: u64,
+    pub(crate) elapsed: Duration,
 }
 
 /// | name | labels | meaning |
@@ -70,6 +81,12 @@ impl std::fmt::Debug for ResyncMetrics {
     }
 }
 
+impl Count {
+    const fn new(now: Instant) -> Self {
+        Self { began: now, logged: now, done: 0, received: 0, total: 0 }
+    }
+}
+
 impl Meter {
     pub(crate) fn new(shard: ShardId) -> Self {
         let label = shard.to_string();
@@ -81,7 +98,7 @@ impl Meter {
             eta: gauge!("resync_eta_seconds", "shard" => label),
         };
         let now = Instant::now();
-        let count = Count { began: now, logged: now, done: 0, total: 0 };
+        let count = Count::new(now);
         Self { shard, count: Mutex::new(count), shown: watch::Sender::new(None), metrics }
     }
 
@@ -93,7 +110,7 @@ impl Meter {
     /// A resync begins.
     pub(crate) fn begin(&self) {
         let now = Instant::now();
-        *self.count.lock() = Count { began: now, logged: now, done: 0, total: 0 };
+        *self.count.lock() = Count::new(now);
         self.show();
     }
 
@@ -116,18 +133,23 @@ impl Meter {
     pub(crate) fn stored(&self, chunks: usize, bytes: u64) {
         self.metrics.received.increment(bytes);
         self.metrics.chunks.increment(chunks as u64);
-        self.count.lock().done += bytes;
+        {
+            let mut count = self.count.lock();
+            count.done += bytes;
+            count.received += bytes;
+        }
         self.show();
     }
 
-    /// The resync has ended, in whatever way. Returns the bytes dealt with and the time taken.
-    pub(crate) fn end(&self) -> (u64, Duration) {
+    /// The resync has ended, in whatever way.
+    pub(crate) fn end(&self) -> Total {
         self.shown.send_replace(None);
         for gauge in [&self.metrics.done, &self.metrics.total, &self.metrics.eta] {
             gauge.set(0.0);
         }
         let count = self.count.lock();
-        (count.done, count.began.elapsed())
+        let (bytes, received, elapsed) = (count.done, count.received, count.began.elapsed());
+        Total { bytes, received, elapsed }
     }
 
     fn show(&self) {
@@ -182,7 +204,8 @@ mod tests {
         // Measured anew: what is done stays done.
         meter.expect(100);
         assert_eq!(shown.borrow().unwrap().bytes_total, 600);
-        assert_eq!(meter.end().0, 500);
+        let total = meter.end();
+        assert_eq!((total.bytes, total.received), (500, 200));
         assert_eq!(*shown.borrow(), None);
     }
 }
