@@ -73,7 +73,8 @@ struct Cluster {
 /// Why there is no order.
 pub fn check(initial: u64, operations: &[Operation]) -> Result<(), Violation> {
     let clusters = clusters(initial, operations)?;
-    let mut forward: Vec<&Cluster> = clusters.iter().filter(|c| c.first_end < c.last_start).collect();
+    let mut forward: Vec<&Cluster> =
+        clusters.iter().filter(|c| c.first_end < c.last_start).collect();
     forward.sort_unstable_by_key(|cluster| cluster.first_end);
     for pair in forward.windows(2) {
         if pair[1].first_end < pair[0].last_start {
@@ -104,8 +105,7 @@ fn clusters(initial: u64, operations: &[Operation]) -> Result<Vec<Cluster>, Viol
     let first = Operation { write: true, value: initial, start: 0, end: Some(0) };
     let mut clusters: HashMap<u64, Cluster> = HashMap::new();
     for operation in std::iter::once(&first).chain(operations) {
-        let cluster =
-            clusters.entry(operation.value).or_insert_with(|| empty(operation.value));
+        let cluster = clusters.entry(operation.value).or_insert_with(|| empty(operation.value));
         if operation.write {
             if cluster.write_start.replace(operation.start).is_some() {
                 return Err(Violation::WrittenTwice(operation.value));
@@ -150,7 +150,10 @@ mod tests {
     #[test]
     fn what_a_register_may_do_passes() {
         assert_eq!(check(0, &[]), Ok(()));
-        assert_eq!(check(0, &[read(0, 1, 2), write(7, 3, 6), read(0, 4, 5), read(7, 4, 5)]), Ok(()));
+        assert_eq!(
+            check(0, &[read(0, 1, 2), write(7, 3, 6), read(0, 4, 5), read(7, 4, 5)]),
+            Ok(())
+        );
         assert_eq!(check(0, &[lost(7, 1), read(0, 5, 6), read(7, 8, 9)]), Ok(()));
         assert_eq!(check(0, &[lost(7, 1), write(8, 2, 3), read(8, 4, 5)]), Ok(()));
     }

@@ -200,7 +200,9 @@ impl Load {
                 return Ok(());
             }
             if started.elapsed() > ANSWER_MAX {
-                return Err(format!("too few answers in {ANSWER_MAX:?}: from {before:?} to {now:?}"));
+                return Err(format!(
+                    "too few answers in {ANSWER_MAX:?}: from {before:?} to {now:?}"
+                ));
             }
             thread::sleep(Duration::from_millis(10));
         }

@@ -173,7 +173,9 @@ impl Region {
                 || former.contains(&value);
             if !known && !sector.lost.contains(&value) {
                 let place = self.first + place;
-                return Err(format!("sector {place} holds {value:#x}: not {sector:x?}, {former:x?}"));
+                return Err(format!(
+                    "sector {place} holds {value:#x}: not {sector:x?}, {former:x?}"
+                ));
             }
             // Content that only a lost write can have left: it has happened, and will not again.
             if !known {

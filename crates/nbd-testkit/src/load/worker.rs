@@ -39,7 +39,11 @@ enum Flight {
     Read(ReadFlight),
     Flush,
     /// In the shared region: the sectors, when it was sent, and the value if it is a write.
-    Shared { sectors: Range<usize>, start: u64, value: Option<u64> },
+    Shared {
+        sectors: Range<usize>,
+        start: u64,
+        value: Option<u64>,
+    },
 }
 
 /// An attachment, and which run of its node it belongs to.
@@ -62,6 +66,9 @@ pub(super) struct Worker {
     /// When the last answer came, or the first request after a time without any was sent.
     quiet_since: Instant,
     reconnected: bool,
+    /// Requests still to be sent together.
+    burst: u32,
+    /// When the next burst is due.
     next_send: Instant,
     outcome: Outcome,
 }
@@ -95,6 +102,7 @@ impl Worker {
             values: 0,
             quiet_since: Instant::now(),
             reconnected: false,
+            burst: 0,
             next_send: Instant::now(),
             outcome,
             shared,
@@ -126,10 +134,15 @@ impl Worker {
     fn step(&mut self) -> Result<(), Trouble> {
         let room = self.flights.len() < self.shared.options.depth && !self.is_stopping();
         let now = Instant::now();
-        if room && now >= self.next_send {
+        if self.burst == 0 && now >= self.next_send {
+            let depth = u32::try_from(self.shared.options.depth).unwrap_or(u32::MAX);
+            self.burst = self.random.random_range(1..=depth);
             let interval = Duration::from_secs(1) / self.shared.options.pace;
             // Time lost in a stall is not made up for.
-            self.next_send = (self.next_send + interval).max(now);
+            self.next_send = (self.next_send + interval * self.burst).max(now);
+        }
+        if room && self.burst > 0 {
+            self.burst -= 1;
             if self.flights.is_empty() {
                 self.quiet_since = now;
             }
