@@ -34,12 +34,20 @@ use crate::fetch::LogFetcher;
 use crate::limits::{GROUP_CONTROL_MAX, GROUP_MAILBOX_MAX};
 use crate::log_thread::{AppendJob, LogHandle};
 use crate::metrics::GroupMetrics;
+use crate::peers::{Addresses, peer_addresses};
 use crate::reply::Reply;
 use crate::resync::ResyncHandle;
 use crate::transport::TransportHandle;
 
 /// Requests taken from the mailbox in one turn.
 const TURN_REQUESTS_MAX: usize = 256;
+
+/// Replicas that joined while this one was away and that are answered before it knows them as
+/// members.
+const NEWCOMERS_MAX: usize = 16;
+
+/// Control events taken in one turn.
+const TURN_CONTROL_MAX: usize = 64;
 
 /// Acknowledgements of log writes that may wait for the task; the log thread waits when there are
 /// more.
@@ -58,6 +66,7 @@ enum Request {
 enum Control {
     Message(Bytes),
     ConnectionLost(NodeName),
+    Newcomer { peer: ReplicaId, node: NodeName, directory: u128 },
     Unreachable(ReplicaId),
     Checkpointed { applied: LogIndex, term: Term, first_kept: Option<LogIndex> },
     Fetched { first: LogIndex, entries: Vec<nbd_consensus::Entry> },
@@ -196,6 +205,11 @@ impl GroupHandle {
         }
     }
 
+    pub(crate) async fn serving(&self) -> Result<(), GroupStopped> {
+        let mut route = self.route.clone();
+        route.wait_for(|route| route.serving).await.map(|_| ()).map_err(|_| GroupStopped)
+    }
+
     /// Permission to read from this replica's store without asking its peers, if it holds a lease.
     pub(crate) fn read_permit(&self) -> Option<ReadPermit> {
         let permit = ReadPermit { lease: Arc::clone(&self.lease) };
@@ -235,12 +249,7 @@ impl GroupHandle {
     }
 
     /// A checkpoint is durable.
-    pub(crate) fn checkpointed(
-        &self,
-        applied: LogIndex,
-        term: Term,
-        first_kept: Option<LogIndex>,
-    ) {
+    pub(crate) fn checkpointed(&self, applied: LogIndex, term: Term, first_kept: Option<LogIndex>) {
         // Only memory is at stake, and the next checkpoint says it again.
         self.try_tell(Control::Checkpointed { applied, term, first_kept });
     }
@@ -248,6 +257,12 @@ impl GroupHandle {
     /// A Raft message of a peer, its checksums verified. Dropped when too many wait.
     pub(crate) fn message(&self, bytes: Bytes) {
         self.try_tell(Control::Message(bytes));
+    }
+
+    /// A replica that this one does not know as a member has sent a message: this one may have been
+    /// away while it joined.
+    pub(crate) fn newcomer(&self, peer: ReplicaId, node: &NodeName, directory: u128) {
+        self.try_tell(Control::Newcomer { peer, node: node.clone(), directory });
     }
 
     /// The connection to this node broke.
@@ -298,12 +313,12 @@ impl GroupHandle {
 
 /// What a group task starts from.
 pub(crate) struct GroupParts {
-    pub(crate) node: NodeName,
     pub(crate) replica_id: ReplicaId,
     pub(crate) replica: ShardReplica<Reply>,
     pub(crate) reader: ShardReader,
     pub(crate) log: LogHandle,
     pub(crate) fetcher: LogFetcher,
+    pub(crate) addresses: Addresses,
     pub(crate) transport: TransportHandle,
     pub(crate) resync: ResyncHandle,
     pub(crate) failure: Failure,
@@ -359,6 +374,8 @@ pub(crate) struct GroupTask {
     persisted: mpsc::Receiver<Persisted>,
     /// Members of the group and where they are, from the shard's replicated state.
     members: Vec<ReplicaInfo>,
+    /// Of those, the ones that this replica's state does not know yet.
+    newcomers: Vec<ReplicaInfo>,
     actions: Actions<Reply>,
     /// What the route was last made from.
     routed: Option<(Term, Option<ReplicaId>, bool)>,
@@ -376,6 +393,7 @@ impl GroupTask {
             persisted_tx,
             persisted,
             members: Vec::new(),
+            newcomers: Vec::new(),
             actions: Actions::default(),
             routed: None,
             metrics: GroupMetrics::new(shard),
@@ -395,6 +413,7 @@ impl GroupTask {
         let failed = failure.wait();
         tokio::pin!(failed);
         let mut turn = Vec::with_capacity(TURN_REQUESTS_MAX);
+        let mut told = Vec::with_capacity(TURN_CONTROL_MAX);
         if self.parts.sole_voter {
             self.step(Event::Campaign);
         }
@@ -404,12 +423,17 @@ impl GroupTask {
                 biased;
                 _ = &mut failed => break,
                 () = self.parts.abandon.cancelled() => break,
-                Some(persisted) = self.persisted.recv() => self.step(Event::Persisted(persisted)),
-                control = self.mailbox.control.recv() => match control {
-                    Some(control) => self.on_control(control),
-                    None => break,
-                },
+                // Before what may come without end: heartbeats must not wait for it.
                 _ = clock.tick() => self.step(Event::Tick),
+                Some(persisted) = self.persisted.recv() => self.step(Event::Persisted(persisted)),
+                count = self.mailbox.control.recv_many(&mut told, TURN_CONTROL_MAX) => {
+                    if count == 0 {
+                        break;
+                    }
+                    for control in told.drain(..) {
+                        self.on_control(control);
+                    }
+                }
                 count = self.mailbox.requests.recv_many(&mut turn, TURN_REQUESTS_MAX),
                     if accepting => {
                     if count == 0 {
@@ -426,6 +450,7 @@ impl GroupTask {
         match control {
             Control::Message(bytes) => self.step(Event::Message(bytes)),
             Control::ConnectionLost(node) => self.on_connection_lost(&node),
+            Control::Newcomer { peer, node, directory } => self.on_newcomer(peer, node, directory),
             Control::Unreachable(peer) => self.step(Event::PeerUnreachable(peer)),
             Control::Checkpointed { applied, term, first_kept } => {
                 self.step(Event::Checkpointed { applied, term, first_kept });
@@ -445,7 +470,7 @@ impl GroupTask {
     }
 
     fn on_connection_lost(&mut self, node: &NodeName) {
-        let leader = self.parts.replica.leadership().leader;
+        let leader = self.parts.replica.brief().leader;
         let replicas: Vec<_> =
             self.members.iter().filter(|member| member.node == *node).map(|m| m.id).collect();
         for replica in replicas {
@@ -454,6 +479,27 @@ impl GroupTask {
                 self.step(Event::LeaderLost);
             }
         }
+    }
+
+    /// Makes a replica known that may be a member by now, so that it gets answers: they are how this
+    /// one learns of it. Only at an address of this node's own configuration.
+    fn on_newcomer(&mut self, peer: ReplicaId, node: NodeName, directory: u128) {
+        let known = |member: &ReplicaInfo| member.id == peer;
+        let newest = self.members.iter().map(|member| member.id).max();
+        // Ids rise: one that is not above those known was removed.
+        if self.members.iter().any(known)
+            || newest >= Some(peer)
+            || self.newcomers.len() >= NEWCOMERS_MAX
+        {
+            return;
+        }
+        let Some(addresses) = self.parts.addresses.of(&node) else {
+            warn!(shard = %self.shard, %peer, %node, "a message of a node that is not configured");
+            return;
+        };
+        info!(shard = %self.shard, %peer, %node, "a replica that joined meanwhile");
+        self.newcomers.push(ReplicaInfo { id: peer, node, directory, addresses });
+        self.learn_members();
     }
 
     fn on_requests(&mut self, turn: &mut Vec<Request>) {
@@ -526,9 +572,13 @@ impl GroupTask {
 
     /// Looks up who belongs to the group now, and lets the transport know.
     fn learn_members(&mut self) {
-        self.members = self.parts.reader.replicas();
+        self.members = self.parts.addresses.resolve(self.parts.reader.replicas());
+        let members = &self.members;
+        self.newcomers.retain(|new| members.iter().all(|member| member.id < new.id));
+        self.members.extend(self.newcomers.iter().cloned());
         self.routed = None;
-        self.parts.transport.set_peers(self.shard, self.parts.replica_id, &self.members);
+        let peers = peer_addresses(&self.members);
+        self.parts.transport.set_peers(self.shard, self.parts.replica_id, peers);
         debug!(shard = %self.shard, members = self.members.len(), "members");
     }
 

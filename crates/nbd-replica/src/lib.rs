@@ -15,20 +15,33 @@
 //! - [`app`]: starts and stops everything; who waits for whom is drawn there.
 //! - `nbd`: connections and sessions. `group_task`: owner of a group and of its shard's writer.
 //!   `log_thread`, `checkpoint_thread`: the two that wait for the disk.
+//! - [`transport`]: Raft messages to and from the other nodes.
 //! - `http`: `/health`. `budget`, `limits`: what is bounded, and by how much. `metrics`: what is
 //!   counted.
 
 pub mod app;
 mod budget;
+mod admin_service;
 mod checkpoint_thread;
+mod chunk_service;
+mod clock;
 pub mod config;
 mod failure;
+mod fetch;
+mod formation;
 mod group_task;
 mod http;
+mod join;
 mod limits;
 mod log_thread;
 mod metrics;
 mod nbd;
+mod peers;
+mod repair;
+mod reply;
+mod resync;
+mod scrub;
+pub mod transport;
 
 pub use app::{Replica, StartError};
 pub use config::{Args, Config, InvalidConfig, Tuning};

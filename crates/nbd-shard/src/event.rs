@@ -5,10 +5,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd_consensus::{Append, Entry, HardState, OutMessage, ReadyNumber, SnapshotOffer};
 use nbd_log::log::LogPosition;
-use nbd_store::{Outcome, ShardSnapshot};
+use nbd_store::{EntryPlace, Outcome, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, ReplicaId, Term};
-
-use crate::places::EntryPlace;
 
 /// One event.
 #[derive(Debug)]

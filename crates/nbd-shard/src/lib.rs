@@ -16,17 +16,19 @@
 //! promises durability is handed out only after the [`Persisted`] of its append was stepped. Each
 //! thing asked for is answered once, unless the replica is dropped.
 //!
-//! - [`replica`]: the owner of the state. - [`event`]: the vocabulary.
-//! - [`places`]: where entries lie in the node's log. `packer`: small commands share an entry.
+//! - [`replica`]: the owner of the state. [`event`]: the vocabulary.
+//! - `recovered`: from what the store found to a running group. `places`: where entries lie in the
+//!   node's log. `packer`: small commands share an entry.
 //! - [`limits`]: every bound, by name.
 
 pub mod event;
 pub mod limits;
-pub mod places;
 pub mod replica;
 
 mod packer;
+mod places;
+mod recovered;
 
 pub use event::{Actions, Answer, Event, FetchPlan, InstallPlan, Persisted};
-pub use places::EntryPlace;
-pub use replica::{ShardReplica, ShardReplicaParts};
+pub use recovered::{log_kind, raft_kind};
+pub use replica::ShardReplica;

@@ -2,32 +2,15 @@
 
 use std::collections::VecDeque;
 
-use nbd_consensus::EntryKind;
 use nbd_log::log::LogPosition;
-use nbd_topology::{LogIndex, Term};
+use nbd_store::EntryPlace;
+use nbd_topology::LogIndex;
 
 use crate::limits::KEPT_ENTRIES_MAX;
 
-/// An entry on stable storage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EntryPlace {
-    /// Its place in the group's log.
-    pub index: LogIndex,
-    /// The term of the leader that made it.
-    pub term: Term,
-    /// What its data is.
-    pub kind: EntryKind,
-    /// Where its data begins in the node's log.
-    pub position: LogPosition,
-    /// Bytes of data.
-    pub len: usize,
-}
-
-impl EntryPlace {
-    /// Where its data ends.
-    const fn end(&self) -> LogPosition {
-        self.position.plus(self.len as u64)
-    }
+/// Where its data ends.
+const fn end(place: &EntryPlace) -> LogPosition {
+    place.position.plus(place.len as u64)
 }
 
 /// The kept entries of one group that are on stable storage here, by index without gaps.
@@ -41,7 +24,7 @@ pub(crate) struct Places {
 impl Places {
     /// The places that recovery found.
     pub(crate) fn new(entries: Vec<EntryPlace>) -> Self {
-        let written = entries.iter().map(EntryPlace::end).max().unwrap_or(LogPosition(0));
+        let written = entries.iter().map(end).max().unwrap_or(LogPosition(0));
         Self { entries: entries.into(), written }
     }
 
@@ -59,7 +42,7 @@ impl Places {
             }
             let follows = self.entries.back().is_none_or(|last| last.index.next() == place.index);
             assert!(follows, "entry {} leaves a gap in the log", place.index);
-            self.written = self.written.max(place.end());
+            self.written = self.written.max(end(&place));
             self.entries.push_back(place);
         }
     }
@@ -112,6 +95,9 @@ impl Places {
 
 #[cfg(test)]
 mod tests {
+    use nbd_log::log::EntryKind;
+    use nbd_topology::Term;
+
     use super::*;
 
     fn place(index: u64, term: u64, position: u64) -> EntryPlace {
@@ -121,6 +107,7 @@ mod tests {
             kind: EntryKind::Command,
             position: LogPosition(position),
             len: 100,
+            crc: 0,
         }
     }
 

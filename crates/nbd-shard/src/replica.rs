@@ -5,33 +5,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nbd_consensus::{
-    Append, Committed, Effects, Entry, EntryKind, Group, Input, Leadership, OutMessage, Proposal,
-    ReadyNumber, RejectReason, Role, Status, Ticket, Timestamp,
+    Append, Brief, Committed, Effects, Entry, EntryKind, Group, GroupConfig, GroupError, Input,
+    OutMessage, Proposal, ReadyNumber, RejectReason, Role, Status, Ticket, Timestamp,
 };
-use nbd_store::{Applied, Outcome, ShardSnapshot, ShardWriter};
-use nbd_topology::{LogIndex, MembershipChange, ReplicaId, ShardId, Term};
+use nbd_store::{Applied, Outcome, RaftRecovered, ShardSnapshot, ShardWriter};
+use nbd_topology::{LogIndex, Membership, ReplicaId, ShardId, Term};
 
 use crate::event::{Actions, Answer, Event, FetchPlan, InstallPlan, Persisted};
 use crate::limits::{
     APPENDS_IN_FLIGHT_MAX, APPENDS_OUTSTANDING_MAX, PROPOSE_BYTES_MAX, RETENTION_TICKS,
 };
 use crate::packer::{Packed, Packer};
-use crate::places::{EntryPlace, Places};
-
-/// What a replica starts from.
-#[derive(Debug)]
-pub struct ShardReplicaParts {
-    /// The shard.
-    pub shard: ShardId,
-    /// The group, not yet stepped.
-    pub group: Group,
-    /// The shard's state machine, as recovered.
-    pub writer: ShardWriter,
-    /// Where the recovered entries lie, by index without gaps, up to the last one.
-    pub places: Vec<EntryPlace>,
-    /// Bytes of log worth keeping for followers that lag; 0 without followers.
-    pub retention_bytes: u64,
-}
+use crate::places::Places;
+use crate::recovered::recovered;
 
 /// Something of a caller that waits for its entry to be applied.
 #[derive(Debug)]
@@ -48,7 +34,7 @@ enum Install {
     /// Waiting for log writes that were begun before.
     Waiting(ShardSnapshot),
     /// In the hands of whoever owns the store.
-    Running { index: LogIndex, term: Term, membership: nbd_topology::Membership },
+    Running { index: LogIndex, term: Term, membership: Membership },
 }
 
 /// One replica of a shard. `R` is whom to answer: opaque here.
@@ -82,15 +68,24 @@ pub struct ShardReplica<R> {
 }
 
 impl<R> ShardReplica<R> {
-    /// The replica as recovered.
-    #[must_use]
-    pub fn new(parts: ShardReplicaParts) -> Self {
-        let ShardReplicaParts { shard, group, writer, places, retention_bytes } = parts;
-        Self {
+    /// The replica as recovered, not yet stepped: the shard must be formed. `retention_bytes` is
+    /// how much log is worth keeping for followers that lag, 0 without any.
+    ///
+    /// # Errors
+    /// What was recovered makes no sense to Raft.
+    pub fn new(
+        config: GroupConfig,
+        writer: ShardWriter,
+        mut raft: RaftRecovered,
+        retention_bytes: u64,
+    ) -> Result<Self, GroupError> {
+        let shard = config.shard;
+        let group = Group::new(config, recovered(&mut raft))?;
+        Ok(Self {
             shard,
             group,
             writer,
-            places: Places::new(places),
+            places: Places::new(raft.kept),
             retention_bytes,
             outstanding: VecDeque::new(),
             appends_in_flight: 0,
@@ -104,7 +99,7 @@ impl<R> ShardReplica<R> {
             first_kept: None,
             ticks: 0,
             install: Install::Idle,
-        }
+        })
     }
 
     /// The shard.
@@ -119,10 +114,10 @@ impl<R> ShardReplica<R> {
         self.group.status()
     }
 
-    /// Role, term and leader as of the last step.
+    /// The part of [`ShardReplica::status`] that costs nothing.
     #[must_use]
-    pub fn leadership(&self) -> Leadership {
-        self.group.leadership()
+    pub fn brief(&self) -> Brief {
+        self.group.brief()
     }
 
     /// Until when reads may be answered from this replica's store without asking anyone, by the
@@ -152,11 +147,8 @@ impl<R> ShardReplica<R> {
     /// If the caller breaks the rules of [`Event`], or an invariant is broken. Messages of peers do
     /// not panic.
     pub fn step(&mut self, now: Timestamp, event: Event<R>, actions: &mut Actions<R>) {
-        if matches!(self.install, Install::Running { .. } | Install::Waiting(_)) {
-            self.step_installing(now, event, actions);
-        } else {
-            self.take(now, event, actions);
-        }
+        self.take(now, event, actions);
+        self.go_on_installing(now, actions);
         self.propose_waiting(now, actions);
     }
 
@@ -220,62 +212,45 @@ impl<R> ShardReplica<R> {
                 self.step_group(now, Input::TransferLeader(to), actions);
             }
             Event::Campaign => self.step_group(now, Input::Campaign, actions),
-            Event::ResyncReady(snapshot) => self.begin_install(snapshot, actions),
-            Event::Installed => unreachable!("nothing is being installed"),
+            Event::ResyncReady(snapshot) => self.prepare_install(now, snapshot, actions),
+            Event::Installed => self.finish_install(now, actions),
         }
     }
 
-    /// While the store is being switched to a snapshot nothing may be applied or logged. Peers'
-    /// messages and time are left out, as in a short pause of the process.
-    fn step_installing(&mut self, now: Timestamp, event: Event<R>, actions: &mut Actions<R>) {
-        match event {
-            Event::Persisted(persisted) => {
-                self.take_persisted(now, persisted, actions);
-                if let Install::Waiting(snapshot) =
-                    std::mem::replace(&mut self.install, Install::Idle)
-                {
-                    self.begin_install(snapshot, actions);
-                }
-            }
-            Event::Installed => {
-                let Install::Running { index, term, membership } =
-                    std::mem::replace(&mut self.install, Install::Idle)
-                else {
-                    unreachable!("installed before it was asked for")
-                };
-                assert_eq!(self.writer.applied(), index, "the store has another snapshot");
-                self.places.clear();
-                self.checkpointed = index;
-                self.first_kept = None;
-                actions.membership_changed = true;
-                let input = Input::SnapshotInstalled { index, term, membership };
-                self.step_group(now, input, actions);
-            }
-            Event::Propose(_) | Event::Barrier(_) | Event::ChangeMembership(..) => {
-                // Not the leader: this is refused.
-                self.take(now, event, actions);
-            }
-            Event::ResyncReady(_) => actions.resync_dropped = true,
-            // Answers to what was asked before; the state they are about goes away.
-            Event::Tick
-            | Event::Message(_)
-            | Event::Fetched { .. }
-            | Event::Checkpointed { .. }
-            | Event::LeaderLost
-            | Event::PeerUnreachable(_)
-            | Event::TransferLeader(_)
-            | Event::Campaign => {}
-        }
-    }
-
-    fn begin_install(&mut self, snapshot: ShardSnapshot, actions: &mut Actions<R>) {
-        let (index, term) = (snapshot.applied, snapshot.applied_term);
-        if self.leads() || !self.group.wants_snapshot(index, term) {
+    /// Begins the switch to a snapshot: from here on entries that arrive count as lost, so that
+    /// none is acknowledged that is void afterwards.
+    fn prepare_install(
+        &mut self,
+        now: Timestamp,
+        snapshot: ShardSnapshot,
+        actions: &mut Actions<R>,
+    ) {
+        let wanted = self.group.wants_snapshot(snapshot.applied, snapshot.applied_term);
+        if !matches!(self.install, Install::Idle) || self.leads() || !wanted {
             actions.resync_dropped = true;
             return;
         }
+        self.step_group(now, Input::HoldLog(true), actions);
+        self.install = Install::Waiting(snapshot);
+    }
+
+    /// Once what was on its way to the log has arrived, hands the snapshot to the store, if it is
+    /// still wanted.
+    fn go_on_installing(&mut self, now: Timestamp, actions: &mut Actions<R>) {
         if !self.outstanding.is_empty() {
-            self.install = Install::Waiting(snapshot);
+            return;
+        }
+        let snapshot = match std::mem::replace(&mut self.install, Install::Idle) {
+            Install::Waiting(snapshot) => snapshot,
+            other => {
+                self.install = other;
+                return;
+            }
+        };
+        let (index, term) = (snapshot.applied, snapshot.applied_term);
+        if self.leads() || !self.group.wants_snapshot(index, term) {
+            self.step_group(now, Input::HoldLog(false), actions);
+            actions.resync_dropped = true;
             return;
         }
         let membership = snapshot.membership.clone();
@@ -285,6 +260,21 @@ impl<R> ShardReplica<R> {
             hard_state: self.group.hard_state(),
             log_floor: self.places.written(),
         });
+    }
+
+    fn finish_install(&mut self, now: Timestamp, actions: &mut Actions<R>) {
+        let Install::Running { index, term, membership } =
+            std::mem::replace(&mut self.install, Install::Idle)
+        else {
+            unreachable!("installed before it was asked for")
+        };
+        assert_eq!(self.writer.applied(), index, "the store has another snapshot");
+        self.places.clear();
+        self.checkpointed = index;
+        self.first_kept = None;
+        actions.membership_changed = true;
+        let input = Input::SnapshotInstalled { index, term, membership };
+        self.step_group(now, input, actions);
     }
 
     fn take_commands(
@@ -330,19 +320,15 @@ impl<R> ShardReplica<R> {
         self.proposing.clear();
     }
 
-    fn take_persisted(
-        &mut self,
-        now: Timestamp,
-        persisted: Persisted,
-        actions: &mut Actions<R>,
-    ) {
+    fn take_persisted(&mut self, now: Timestamp, persisted: Persisted, actions: &mut Actions<R>) {
         let Persisted { ready, places } = persisted;
         if !places.is_empty() {
             self.appends_in_flight -= 1;
         }
         self.places.persisted(places);
         self.step_group(now, Input::Persisted(ready), actions);
-        while let Some((_, messages)) = self.outstanding.pop_front_if(|(number, _)| *number <= ready)
+        while let Some((_, messages)) =
+            self.outstanding.pop_front_if(|(number, _)| *number <= ready)
         {
             actions.send.extend(messages);
         }

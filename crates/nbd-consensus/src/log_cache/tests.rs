@@ -12,7 +12,7 @@ fn entry(index: u64, term: u64) -> Entry {
 
 /// Empty, with room for `entries` applied ones.
 fn cache(entries: usize) -> LogCache {
-    LogCache::new(&Recovered::default(), &[], entries * ENTRY_BYTES)
+    LogCache::new(&Recovered::default(), entries * ENTRY_BYTES)
 }
 
 /// Entries 1..=10 of the terms 1 1 1 2 2 2 2 5 5 5.
@@ -149,6 +149,25 @@ fn open_fetches_are_bounded() {
 }
 
 #[test]
+fn a_snapshot_is_a_checkpoint_that_the_log_goes_on_from() {
+    let mut cache = ten(100);
+    let unavailable = Err(StorageError::SnapshotTemporarilyUnavailable.into());
+    assert_eq!(cache.snapshot(0, 9), unavailable);
+    cache.applied_to(10);
+    cache.offer(7, 2, &Membership::of_voters(ReplicaId::new(2)));
+    assert_eq!(cache.offered(), Some(7));
+    let snapshot = cache.snapshot(7, 9).unwrap();
+    let metadata = snapshot.get_metadata();
+    assert_eq!((metadata.index, metadata.term), (7, 2));
+    assert_eq!((metadata.get_conf_state().voters.clone(), snapshot.data.len()), (vec![2], 0));
+    assert_eq!(cache.snapshot(8, 9), unavailable);
+    cache.compact(7);
+    assert!(cache.snapshot(0, 9).is_ok());
+    cache.compact(8);
+    assert_eq!(cache.snapshot(0, 9), unavailable, "what follows it is gone");
+}
+
+#[test]
 fn recovery_keeps_terms_and_tail() {
     let tail: Vec<_> = (4..=5)
         .map(|index| crate::Entry {
@@ -160,12 +179,13 @@ fn recovery_keeps_terms_and_tail() {
         .collect();
     let recovered = Recovered {
         hard_state: OurHardState { term: Term(3), vote: ReplicaId::new(2), commit: LogIndex(4) },
+        membership: Membership::of_voters(ReplicaId::new(2)),
         applied: LogIndex(3),
         compacted: (LogIndex(1), Term(1)),
         terms: vec![Term(1), Term(2), Term(3), Term(3)],
         tail,
     };
-    let cache = LogCache::new(&recovered, &[ReplicaId::new(2).unwrap()], 0);
+    let cache = LogCache::new(&recovered, 0);
     assert_eq!((cache.compacted(), cache.last(), cache.window_first()), (1, 5, 4));
     assert_eq!(terms(&cache), [1, 2, 3, 3]);
     let state = cache.initial_state().unwrap();

@@ -16,7 +16,8 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use super::Node;
 use super::session::{self, Attached};
-use crate::group_task::{GroupHandle, GroupStopped, Reply};
+use crate::group_task::GroupHandle;
+use crate::reply::Reply;
 use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES};
 
 /// Longest name that an attach may create a volume under. The protocol advises clients to stay
@@ -169,7 +170,7 @@ fn export_info(volume: &VolumeInfo) -> Result<ExportInfo, ExportRefusal> {
 async fn describe(node: &Node, name: &ExportName) -> Result<ExportInfo, ExportRefusal> {
     let name = volume_name(name);
     let group = group_of(node, name).ok_or(ExportRefusal::Unknown)?;
-    group.serving().await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
+    group.serving().await.map_err(|_| ExportRefusal::Shutdown)?;
     if let Some(volume) = group.reader().volume_by_name(name) {
         return export_info(&volume);
     }
@@ -190,17 +191,17 @@ async fn attach(
 ) -> Result<ExportInfo, ExportRefusal> {
     let name = volume_name(name);
     let group = group_of(node, name).ok_or(ExportRefusal::Unknown)?;
-    group.serving().await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
+    group.serving().await.map_err(|_| ExportRefusal::Shutdown)?;
     let volume = match group.reader().volume_by_name(name) {
         Some(volume) => volume,
         None if may_create(node, name) => create(node, group, name).await?,
         None => return Err(ExportRefusal::Unknown),
     };
     let session = SessionId(rand::random());
-    let command = command::encode_open_session(session, FIRST_EPOCH, volume.id);
+    let command = command::encode_open_session(session, FIRST_EPOCH, volume.id, nbd_store::Owner { node: 0, incarnation: 0 });
     let info = export_info(&volume)?;
     *opened = Some(Opened { session, volume, group: group.clone() });
-    match group.run(command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
+    match group.run(command).await.map_err(|_| ExportRefusal::Shutdown)? {
         Outcome::SessionOpened => Ok(info),
         other => {
             *opened = None;
@@ -219,7 +220,7 @@ fn may_create(node: &Node, name: &str) -> bool {
 async fn create(node: &Node, group: &GroupHandle, name: &str) -> Result<VolumeInfo, ExportRefusal> {
     let command = command::encode_create_volume(name, node.volumes.default_size, "")
         .map_err(|_| ExportRefusal::Unknown)?;
-    match group.run(command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
+    match group.run(command).await.map_err(|_| ExportRefusal::Shutdown)? {
         Outcome::VolumeCreated(volume) => {
             info!(volume = %volume.name, size = volume.size, "created a volume");
             Ok(volume)

@@ -29,6 +29,7 @@
 
 mod batch;
 mod place;
+mod receive;
 mod work;
 
 use std::collections::BTreeMap;
@@ -37,19 +38,21 @@ use std::iter::Peekable;
 use std::sync::Arc;
 
 use nbd_log::io::Disk;
-use nbd_log::log::{HardState, LogPosition, LogReadError, LogReader, SegmentPool};
+use nbd_log::log::{HardState, HardStates, LogReadError, LogReader, SegmentPool};
 use nbd_topology::{LogIndex, ShardId};
 use redb::WriteTransaction;
 
 use self::batch::Batch;
 use self::place::Placing;
+use self::receive::Receiving;
 use self::work::Work;
 use crate::chunk::Base;
 use crate::chunk::database::{self, MetadataError};
-use crate::chunk::meta::{ChunkKey, ChunkMeta};
+use crate::chunk::meta::{ChunkKey, ChunkMeta, Slot};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
 use crate::dirty::DirtyLog;
+use crate::fault::Faults;
 use crate::ids::ChunkIndex;
 use crate::limits::{
     BLOCK_BYTES, CHANGES_PER_TRANSACTION_MAX, META_BYTES_PER_CHANGE, META_HEADROOM_LEAST_BYTES,
@@ -58,6 +61,7 @@ use crate::shard::Shard;
 use crate::shard::pins::{Pin, PinGate, RetiredPin};
 use crate::shard::state::Frozen;
 use crate::space::SpaceGauge;
+use crate::transfer::DamagedChunk;
 
 /// What a checkpoint did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -73,6 +77,8 @@ pub struct CheckpointReport {
     pub bytes: u64,
     /// Blocks whose only copy was found damaged. They stay so, and unreadable.
     pub corrupt_blocks: u64,
+    /// The chunks of those blocks: [`Checkpointer::replace_chunk`] makes them good.
+    pub damaged: Vec<DamagedChunk>,
     /// Log segments freed.
     pub segments_freed: usize,
 }
@@ -146,6 +152,9 @@ pub struct Checkpointer {
     gate: Arc<PinGate>,
     gauge: CheckpointGauge,
     batch: Batch,
+    /// Shards that take over chunks of other replicas.
+    receiving: BTreeMap<ShardId, Receiving>,
+    faults: Faults,
     failed: bool,
 }
 
@@ -162,13 +171,12 @@ pub(crate) struct CheckpointerParts {
     pub(crate) dirty: Arc<DirtyLog>,
     pub(crate) space: Arc<SpaceGauge>,
     pub(crate) log_bytes: u64,
+    pub(crate) faults: Faults,
 }
 
 /// Everything frozen for one run.
 struct Freeze {
     shards: Vec<(Arc<Shard>, Arc<Frozen>)>,
-    /// The shard whose applied entry lies last in the log, and that entry.
-    newest: Option<(LogPosition, ShardId, LogIndex)>,
 }
 
 /// What is still to be placed.
@@ -199,13 +207,30 @@ impl Round {
 
 impl Checkpointer {
     pub(crate) fn new(parts: CheckpointerParts) -> Self {
-        let CheckpointerParts { disk, base, shards, records, slots, log, segments, gate, .. } =
-            parts;
+        let CheckpointerParts {
+            disk, base, shards, records, mut slots, log, segments, gate, ..
+        } = parts;
         let (dirty, space, log_bytes) = (parts.dirty, parts.space, parts.log_bytes);
         space.set_free_slots(slots.free());
         let gauge = CheckpointGauge { dirty, space, log_bytes };
-        let (batch, failed) = (Batch::default(), false);
-        Self { disk, base, shards, records, slots, log, segments, gate, gauge, batch, failed }
+        let (batch, receiving, failed) = (Batch::default(), BTreeMap::new(), false);
+        let faults = parts.faults;
+        slots.reuse_early(faults.reuses_slots_early());
+        Self {
+            disk,
+            base,
+            shards,
+            records,
+            slots,
+            log,
+            segments,
+            gate,
+            gauge,
+            batch,
+            receiving,
+            faults,
+            failed,
+        }
     }
 
     /// Tells other threads how much there is to do.
@@ -244,15 +269,29 @@ impl Checkpointer {
         &mut self,
         pace: &mut dyn FnMut(u64),
     ) -> Result<CheckpointReport, CheckpointError> {
+        let covered = self.gauge.dirty.covered();
+        let result = self.attempt(|this| this.try_run(pace));
+        self.gauge.space.set_starved(matches!(result, Err(CheckpointError::NoSpace)));
+        if result.is_err() {
+            // Still to be covered.
+            self.gauge.dirty.start(covered);
+        }
+        result
+    }
+
+    /// Does something that may fail half-way, after which nothing else is done if that was fatal.
+    fn attempt<T, E>(
+        &mut self,
+        action: impl FnOnce(&mut Self) -> Result<T, E>,
+    ) -> Result<T, CheckpointError>
+    where
+        CheckpointError: From<E>,
+    {
         if self.failed {
             return Err(CheckpointError::Failed);
         }
-        let covered = self.gauge.dirty.covered();
-        let result = self.try_run(pace);
-        self.gauge.space.set_starved(matches!(result, Err(CheckpointError::NoSpace)));
+        let result = action(self).map_err(CheckpointError::from);
         if let Err(error) = &result {
-            // Still to be covered.
-            self.gauge.dirty.start(covered);
             self.failed = error.is_fatal();
             self.slots.aborted();
             // The file may have grown. The disk's answer is of no interest on this way out.
@@ -264,28 +303,32 @@ impl Checkpointer {
     fn try_run(&mut self, pace: &mut dyn FnMut(u64)) -> Result<CheckpointReport, CheckpointError> {
         let (freeze, retired) = self.freeze();
         let mut report = CheckpointReport::default();
-        if !freeze.shards.is_empty() {
+        // Without changes there may still be hard states that keep log from being freed, or entries
+        // that are not retained any longer.
+        if !freeze.shards.is_empty() || self.segments.could_free(&self.covered()) {
             self.gate.wait(retired);
             self.changes_max()?;
             self.declare_committed(&freeze)?;
-            self.write_home(&freeze, pace, &mut report)?;
-            report.segments_freed = self.free_segments(&freeze);
+            let stored = self.write_home(&freeze, pace, &mut report)?;
+            report.segments_freed = self.segments.free_through(&self.covered(), &stored);
         }
-        report.applied = self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
+        report.applied = self.covered();
         Ok(report)
+    }
+
+    /// For each shard the entry up to which everything is home.
+    fn covered(&self) -> BTreeMap<ShardId, LogIndex> {
+        self.records.iter().map(|(id, record)| (*id, record.applied)).collect()
     }
 
     /// Step 1. What an earlier run could not write home is joined with what came after it.
     fn freeze(&self) -> (Freeze, Vec<RetiredPin>) {
         let space = &self.gauge.space;
-        let (mut shards, mut newest, mut retired) = (Vec::new(), None, Vec::new());
+        let mut shards = Vec::new();
         self.gauge.dirty.start(self.gauge.dirty.newest());
         space.set_cleared(false);
         for shard in &self.shards {
             let mut state = shard.state.write();
-            if let Some(position) = state.metadata.applied_position {
-                newest = newest.max(Some((position, shard.id, state.metadata.applied)));
-            }
             let is_new = state.metadata.applied != self.records[&shard.id].applied;
             if state.frozen.is_none() && !is_new {
                 continue;
@@ -306,10 +349,7 @@ impl Checkpointer {
             state.frozen = Some(Arc::clone(&frozen));
             shards.push((Arc::clone(shard), frozen));
         }
-        if !shards.is_empty() {
-            retired = self.replace_pins();
-        }
-        (Freeze { shards, newest }, retired)
+        (Freeze { shards }, self.replace_pins())
     }
 
     fn replace_pins(&self) -> Vec<RetiredPin> {
@@ -342,13 +382,14 @@ impl Checkpointer {
         self.records.get_mut(&shard).expect("every shard has a record")
     }
 
-    /// Steps 4 to 7, in as many transactions as the slots make necessary.
+    /// Steps 4 to 7, in as many transactions as the slots make necessary. Returns the hard states
+    /// that are stored.
     fn write_home(
         &mut self,
         freeze: &Freeze,
         pace: &mut dyn FnMut(u64),
         report: &mut CheckpointReport,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<HardStates, CheckpointError> {
         let frozen: Vec<&Frozen> = freeze.shards.iter().map(|(_, frozen)| &**frozen).collect();
         let mut work: WorkList<'_> = boxed(work::all(&frozen));
         // What found no slot, and whether any was left since the list was begun.
@@ -363,15 +404,20 @@ impl Checkpointer {
             if list_ends && !is_last && !any_left {
                 return Err(CheckpointError::NoSpace);
             }
+            if self.faults.frees_log_early() {
+                let applied = freeze.shards.iter().map(|(s, f)| (s.id, f.metadata.applied));
+                self.segments.free_through(&applied.collect(), &self.segments.hard_states());
+            }
             self.base.data().sync().map_err(data_error)?;
             database::put_regions(&txn, self.slots.dirty_regions())?;
-            let records = if is_last { self.put_metadata(&txn, freeze)? } else { Vec::new() };
+            let metadata = if is_last { Some(self.put_metadata(&txn, freeze)?) } else { None };
             txn.commit().map_err(MetadataError::from)?;
-            self.records.extend(records);
-            self.publish(freeze, round, is_last)?;
-            if is_last {
-                return Ok(());
+            if let Some((records, stored)) = metadata {
+                self.records = records;
+                self.publish(freeze, round, true)?;
+                return Ok(stored);
             }
+            self.publish(freeze, round, false)?;
             if list_ends {
                 work = boxed(std::mem::take(&mut deferred).into_iter());
                 any_left = false;
@@ -410,6 +456,7 @@ impl Checkpointer {
             report.blocks += written.blocks;
             report.bytes += bytes;
             report.corrupt_blocks += written.corrupt_blocks;
+            report.damaged.extend(written.damaged);
             drop(table);
             pace(bytes);
         }
@@ -417,16 +464,17 @@ impl Checkpointer {
     }
 
     /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard
-    /// states of shards that applied nothing. Returns the shards' records to be.
+    /// states of shards that applied nothing. Returns the shards' records to be, and the hard states
+    /// in them.
     fn put_metadata(
         &self,
         txn: &WriteTransaction,
         freeze: &Freeze,
-    ) -> Result<Vec<(ShardId, ShardRecord)>, CheckpointError> {
+    ) -> Result<(BTreeMap<ShardId, ShardRecord>, HardStates), CheckpointError> {
         let written = self.segments.hard_states();
-        let mut records = Vec::new();
+        let mut records = BTreeMap::new();
         for (&id, old) in &self.records {
-            let newest = written.get(&id).copied().unwrap_or(old.hard_state);
+            let newest = written.states.get(&id).copied().unwrap_or(old.hard_state);
             let mut record = *old;
             record.hard_state = newer_vote(old.hard_state, newest);
             record.hard_state.commit = old.hard_state.commit;
@@ -439,11 +487,12 @@ impl Checkpointer {
                 record.volumes_created = metadata.volumes_created;
                 database::put_volumes(txn, metadata.volumes.newer(id, old.volumes_created))?;
                 database::put_sessions(txn, id, &metadata.sessions)?;
+                database::put_members(txn, id, &metadata.members)?;
             }
             database::put_shard(txn, id, &record)?;
-            records.push((id, record));
+            records.insert(id, record);
         }
-        Ok(records)
+        Ok((records, written))
     }
 
     /// Steps 6 and 7 for a durable transaction.
@@ -468,21 +517,15 @@ impl Checkpointer {
                 drop(done);
             }
         }
-        self.gate.wait(self.replace_pins());
-        self.slots.release(left);
-        self.gauge.space.set_free_slots(self.slots.free());
+        self.free_slots(left);
         Ok(())
     }
 
-    /// Frees the log before the checkpoint. The segment with the newest applied entry stays, and so
-    /// do all after it: hard states written there may be newer than the ones in the checkpoint.
-    fn free_segments(&self, freeze: &Freeze) -> usize {
-        let Some((_, newest, index)) = freeze.newest else { return 0 };
-        let mut covered: BTreeMap<_, _> =
-            self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
-        let through = covered.get_mut(&newest).expect("every shard has a record");
-        *through = (*through).min(LogIndex(index.0 - 1));
-        self.segments.free_through(&covered)
+    /// Step 7, as far as it is about slots: those that a durable transaction left.
+    fn free_slots(&mut self, left: Vec<Slot>) {
+        self.gate.wait(self.replace_pins());
+        self.slots.release(left);
+        self.gauge.space.set_free_slots(self.slots.free());
     }
 }
 

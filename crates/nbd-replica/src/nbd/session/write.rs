@@ -14,7 +14,8 @@ use super::super::in_flight::Pending;
 use super::super::{Completion, Node};
 use super::{Session, SessionEnd, Stage};
 use crate::budget::BytePermit;
-use crate::group_task::{GroupStopped, Hold, Reply};
+use crate::group_task::GroupStopped;
+use crate::reply::{Hold, Reply};
 use crate::limits::SPACE_ATTEMPTS_MAX;
 use tracing::error;
 
