@@ -400,6 +400,8 @@ impl GroupTask {
             parts,
         };
         task.learn_members();
+        // What recovery found stays, until this task says otherwise.
+        task.parts.log.retain(shard, task.parts.replica.status().compacted);
         task
     }
 

@@ -19,9 +19,9 @@
 //! - `http`: `/health`. `budget`, `limits`: what is bounded, and by how much. `metrics`: what is
 //!   counted.
 
+mod admin_service;
 pub mod app;
 mod budget;
-mod admin_service;
 mod checkpoint_thread;
 mod chunk_service;
 mod clock;

@@ -22,7 +22,7 @@ use crate::checkpoint_thread::CheckpointHandle;
 use crate::chunk_service::{ChunkService, ChunkServiceParts};
 use crate::config::Config;
 use crate::failure::Failure;
-use crate::formation::{AdminPeers, Former, FormationError, Founders, Oneself};
+use crate::formation::{AdminPeers, FormationError, Former, Founders, Oneself};
 use crate::group_task::GroupHandle;
 use crate::join::{MemberWatch, RemovedShards};
 use crate::peers::{Addresses, GroupEvents};
@@ -93,7 +93,8 @@ impl Services {
                 .map(|node| (node.clone(), addresses.configured(node).unwrap_or_default()))
                 .collect(),
         };
-        let founders = groups.iter().map(|group| (group.shard(), founders(group.shard()))).collect();
+        let founders =
+            groups.iter().map(|group| (group.shard(), founders(group.shard()))).collect();
         let own = addresses.of(&node).unwrap_or_default();
         Self {
             oneself: Arc::new(Oneself { cluster, node, directory, addresses: own }),

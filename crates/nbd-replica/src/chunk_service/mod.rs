@@ -93,8 +93,9 @@ impl ChunkService {
             let text = format!("shard {shard} knows no replica {from}");
             return Err(Status::failed_precondition(text));
         }
-        let permit = Arc::clone(&self.calls).try_acquire_owned().map_err(|_| {
-            Refusal::TooMany { what: "calls for chunks under way", limit: CALLS_MAX }
+        let permit = Arc::clone(&self.calls).try_acquire_owned().map_err(|_| Refusal::TooMany {
+            what: "calls for chunks under way",
+            limit: CALLS_MAX,
         })?;
         Ok(Call { reader, from, permit })
     }
@@ -293,7 +294,7 @@ impl DigestsAt {
         range: std::ops::Range<ChunkIndex>,
     ) -> Result<Self, ReadError> {
         // The shortest page there is, for what it is as of.
-        let applied = || Ok::<_, ReadError>(reader.manifest(LogIndex::ZERO, None, 1)?.applied);
+        let applied = || reader.manifest(LogIndex::ZERO, None, 1).map(|page| page.applied);
         let before = applied()?;
         let chunks = reader.chunk_digests(volume, range)?;
         let after = applied()?;

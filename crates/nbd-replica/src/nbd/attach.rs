@@ -17,8 +17,8 @@ use tracing::{Instrument, debug, info, info_span, warn};
 use super::Node;
 use super::session::{self, Attached};
 use crate::group_task::GroupHandle;
-use crate::reply::Reply;
 use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES};
+use crate::reply::Reply;
 
 /// Longest name that an attach may create a volume under. The protocol advises clients to stay
 /// within it; existing volumes are served under any name they have.
@@ -198,7 +198,12 @@ async fn attach(
         None => return Err(ExportRefusal::Unknown),
     };
     let session = SessionId(rand::random());
-    let command = command::encode_open_session(session, FIRST_EPOCH, volume.id, nbd_store::Owner { node: 0, incarnation: 0 });
+    let command = command::encode_open_session(
+        session,
+        FIRST_EPOCH,
+        volume.id,
+        nbd_store::Owner { node: 0, incarnation: 0 },
+    );
     let info = export_info(&volume)?;
     *opened = Some(Opened { session, volume, group: group.clone() });
     match group.run(command).await.map_err(|_| ExportRefusal::Shutdown)? {

@@ -83,6 +83,15 @@ enum Ended {
     Stopped,
 }
 
+/// What happens next in a resync.
+enum Turn {
+    Got(Got),
+    Failed(StepError),
+    Install(InstallPlan),
+    SourceChanged(Offer),
+    Ended(Ended),
+}
+
 impl ResyncDriver {
     pub(crate) fn new(parts: ResyncParts, inbox: ResyncInbox) -> Self {
         let (shard, reader) = (parts.group.shard(), parts.group.reader().clone());
@@ -146,44 +155,51 @@ impl ResyncDriver {
             if self.is_outdated(&offer) && !plan.is_told() {
                 return Ended::NotNeeded;
             }
-            let got = {
-                let step = self.carry_out(&offer, want.clone(), plan.is_told());
-                tokio::pin!(step);
-                loop {
-                tokio::select! {
-                    biased;
-                    () = self.parts.stop.cancelled() => return Ended::Stopped,
-                    said = self.inbox.next() => match said {
-                        Said::Install(install) => return self.install(install).await,
-                        Said::Dropped if plan.is_told() => return Ended::NotNeeded,
-                        Said::Dropped => {}
-                        Said::Offered(newer) if newer.source.id == offer.source.id => {}
-                        Said::Offered(_) if plan.is_told() => {}
-                        // What is under way is dropped; what it has stored is found again.
-                        Said::Offered(newer) => {
-                            break Err(newer);
-                        }
-                    },
-                    got = &mut step => break Ok(got),
-                }
+            let got = match self.attend(&offer, want, plan.is_told()).await {
+                Turn::Got(got) => Ok(got),
+                Turn::Failed(error) => Err(error),
+                Turn::Ended(ended) => return ended,
+                Turn::Install(install) => return self.install(install).await,
+                // What was under way is dropped; what it has stored is found again.
+                Turn::SourceChanged(newer) => {
+                    log_start(&newer);
+                    offer = newer;
+                    plan.source_changed();
+                    want = plan.begin();
+                    continue;
                 }
             };
             want = match got {
-                Ok(Ok(got)) => plan.step(began.elapsed(), got),
-                Ok(Err(StepError::Store(JobError::Stopped))) => return Ended::Stopped,
-                Ok(Err(error)) => {
+                Ok(got) => plan.step(began.elapsed(), got),
+                Err(StepError::Store(JobError::Stopped)) => return Ended::Stopped,
+                Err(error) => {
                     let from = &offer.source.node;
                     let error = nbd_rpc::reason(&error);
                     warn!(shard = %self.shard, %from, %error, "a step of the resync failed");
                     plan.step(began.elapsed(), Got::Failed)
                 }
-                Err(newer) => {
-                    log_start(&newer);
-                    offer = newer;
-                    plan.source_changed();
-                    plan.begin()
-                }
             };
+        }
+    }
+
+    /// Carries a step out, with an ear for the group.
+    async fn attend(&self, offer: &Offer, want: Want, is_told: bool) -> Turn {
+        let step = self.carry_out(offer, want, is_told);
+        tokio::pin!(step);
+        loop {
+            tokio::select! {
+                biased;
+                () = self.parts.stop.cancelled() => return Turn::Ended(Ended::Stopped),
+                said = self.inbox.next() => match said {
+                    Said::Install(install) => return Turn::Install(install),
+                    Said::Dropped if is_told => return Turn::Ended(Ended::NotNeeded),
+                    Said::Offered(newer) if !is_told && newer.source.id != offer.source.id => {
+                        return Turn::SourceChanged(newer);
+                    }
+                    Said::Dropped | Said::Offered(_) => {}
+                },
+                got = &mut step => return got.map_or_else(Turn::Failed, Turn::Got),
+            }
         }
     }
 

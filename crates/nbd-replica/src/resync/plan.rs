@@ -144,17 +144,11 @@ impl Comparison {
 impl Resync {
     /// A resync to be begun.
     pub(crate) fn new() -> Self {
-        Self {
-            state: State::Start,
-            pass: 0,
-            pass_began: Duration::ZERO,
-            round: 0,
-            failures: 0,
-        }
+        Self { state: State::Start, pass: 0, pass_began: Duration::ZERO, round: 0, failures: 0 }
     }
 
     /// Whether the group has been told and decides what follows.
-    pub(crate) fn is_told(&self) -> bool {
+    pub(crate) const fn is_told(&self) -> bool {
         matches!(self.state, State::Told)
     }
 
@@ -287,9 +281,7 @@ impl Resync {
                 let chunks = at.refetch[..at.refetch.len().min(FETCH_CHUNKS_MAX)].to_vec();
                 Want::Refetch { chunks }
             }
-            State::Comparing(at) => {
-                Want::Compare { after: at.after, upto: at.snapshot.applied }
-            }
+            State::Comparing(at) => Want::Compare { after: at.after, upto: at.snapshot.applied },
             State::Told => Want::Pause(PAUSE_MAX),
         }
     }

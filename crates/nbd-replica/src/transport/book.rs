@@ -45,11 +45,6 @@ impl Book {
         self.peers.get(name)
     }
 
-    /// Every directory id that a node is known by.
-    pub(super) fn directories(&self, node: &NodeName) -> Vec<u128> {
-        self.addresses(node).filter_map(|(_, address)| address.directory).collect()
-    }
-
     /// Every replica on a node.
     pub(super) fn members(&self, node: &NodeName) -> Vec<Member> {
         self.addresses(node).map(|(member, _)| member).collect()

@@ -10,7 +10,8 @@ use nbd_rpc::MESSAGE_BYTES_MAX;
 /// given up anyway.
 pub const CONTROL_MESSAGES_MAX: usize = 4096;
 
-/// Bytes of messages without entries that may wait for one peer. Such a message has 50 to 100 bytes.
+/// Bytes of messages without entries that may wait for one peer. Such a message has 50 to 100
+/// bytes.
 pub const CONTROL_BYTES_MAX: usize = 4 << 20;
 
 /// Messages with entries that may wait for one peer.
@@ -53,8 +54,8 @@ pub const ACCEPT_TIMEOUT: Duration = Duration::from_secs(3);
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Time that a connection with entries has to answer a sign of life. Longer than usual, for the
-/// question waits behind megabytes of entries; a dead peer is noticed on the other lane, which takes
-/// this one with it.
+/// question waits behind megabytes of entries; a dead peer is noticed on the other lane, which
+/// takes this one with it.
 pub const BULK_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time, when stopping, for what is queued to reach the peer.
@@ -74,7 +75,8 @@ const _: () = assert!(
     "every message of one entry can be sent"
 );
 const _: () = assert!(
-    nbd_consensus::limits::MESSAGE_BYTES_MAX as usize + ENTRY_ENVELOPE_BYTES_MAX <= MESSAGE_MAX,
+    nbd_consensus::limits::MESSAGE_BYTES_MAX + ENTRY_ENVELOPE_BYTES_MAX as u64
+        <= MESSAGE_MAX as u64,
     "every message of several entries can be sent"
 );
 const _: () = assert!(

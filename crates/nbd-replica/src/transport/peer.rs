@@ -101,7 +101,7 @@ impl LaneTask {
         let mut wait = RECONNECT_WAIT_MIN;
         let mut complaint = String::new();
         loop {
-            let down = self.connection(&mut wait, &mut complaint).await;
+            let down = self.connection().await;
             self.tell(&down);
             match down {
                 Down::Stopped => return,
@@ -109,8 +109,9 @@ impl LaneTask {
                 Down::Unreachable(why) => self.complain(&mut complaint, why, false),
                 Down::Lost(why) => {
                     info!(peer = %self.peer.name, lane = self.lane.name(), %why, "lost a peer");
+                    (wait, complaint) = (RECONNECT_WAIT_MIN, String::new());
                 }
-                Down::LostOther => {}
+                Down::LostOther => (wait, complaint) = (RECONNECT_WAIT_MIN, String::new()),
             }
             tokio::select! {
                 () = self.peer.stop.cancelled() => return,
@@ -122,7 +123,7 @@ impl LaneTask {
     }
 
     /// One connection from the attempt to its end.
-    async fn connection(&self, wait: &mut Duration, complaint: &mut String) -> Down {
+    async fn connection(&self) -> Down {
         let outbox = self.outbox();
         let epoch = outbox.open();
         let accepted = tokio::select! {
@@ -135,8 +136,6 @@ impl LaneTask {
             Err(_) => return Down::Unreachable("it does not accept the stream".to_owned()),
         };
         outbox.establish();
-        *wait = RECONNECT_WAIT_MIN;
-        complaint.clear();
         debug!(peer = %self.peer.name, lane = self.lane.name(), "connected to a peer");
         self.watch(acks).await
     }

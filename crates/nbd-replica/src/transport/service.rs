@@ -8,8 +8,7 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use nbd_log::checksum::crc32c;
 use nbd_rpc::identity::{
-    check_cluster, check_node, check_protocol, directory_from_bytes, node_name,
-    replica_id,
+    check_cluster, check_node, check_protocol, directory_from_bytes, node_name, replica_id,
 };
 use nbd_rpc::v1::deliver_frame::Frame;
 use nbd_rpc::v1::raft_transport_server::RaftTransport;

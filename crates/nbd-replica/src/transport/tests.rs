@@ -24,6 +24,7 @@ fn replica(id: u64) -> ReplicaId {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Event {
     Message { to: ReplicaId, from: ReplicaId, bytes: Bytes },
+    Newcomer { peer: ReplicaId, node: NodeName, directory: u128 },
     Lost(NodeName),
     Unreachable(ReplicaId),
 }
@@ -40,6 +41,11 @@ impl PeerEvents for Recorder {
     fn message(&self, shard: ShardId, to: ReplicaId, from: ReplicaId, bytes: Bytes) {
         assert_eq!(shard, SHARD);
         self.record(Event::Message { to, from, bytes });
+    }
+
+    fn newcomer(&self, shard: ShardId, peer: ReplicaId, node: &NodeName, directory: u128) {
+        assert_eq!(shard, SHARD);
+        self.record(Event::Newcomer { peer, node: node.clone(), directory });
     }
 
     fn connection_lost(&self, node: &NodeName) {

@@ -15,8 +15,8 @@ use super::super::{Completion, Node};
 use super::{Session, SessionEnd, Stage};
 use crate::budget::BytePermit;
 use crate::group_task::GroupStopped;
-use crate::reply::{Hold, Reply};
 use crate::limits::SPACE_ATTEMPTS_MAX;
+use crate::reply::{Hold, Reply};
 use tracing::error;
 
 /// Payload bytes from which on the rest is read from the socket straight into the mutation's

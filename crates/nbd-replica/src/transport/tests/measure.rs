@@ -17,6 +17,17 @@ fn cpu() -> Duration {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
 async fn cost_of_messages() {
+    // On a worker, as the groups are.
+    tokio::spawn(measure()).await.unwrap();
+}
+
+async fn measure() {
+    // What waking up alone costs here: to be taken off the figure for heartbeats.
+    let used = cpu();
+    for _ in 0..120 {
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    println!("a timer alone: {:.1} us of CPU", (cpu() - used).as_secs_f64() * 1e6 / 120.0);
     let (one, mut two) = pair().await;
     for (name, lane, len, burst, rounds, pause) in [
         ("heartbeats, 40 a second", Lane::Control, 60, 1, 120, 25),
@@ -46,7 +57,7 @@ async fn cost_of_messages() {
         let count = f64::from(rounds) * burst as f64;
         let each = |time: Duration| time.as_secs_f64() * 1e6 / count;
         println!(
-            "{name}: {:.0} messages/s, {:.0} MB/s, {:.1} us CPU a message (both ends), {:.1} us wait",
+            "{name}: {:.0} messages/s, {:.0} MB/s, {:.1} us CPU a message (both), {:.1} us wait",
             count / begun.elapsed().as_secs_f64(),
             count * len as f64 / 1e6 / begun.elapsed().as_secs_f64(),
             each(cpu() - used),
