@@ -28,8 +28,13 @@ pub(crate) struct Args {
     grpc: Option<HostPort>,
 
     /// Name of the cluster.
-    #[arg(long, env = "NBD_CLUSTER", default_value = "cinderblock", global = true,
-          value_name = "NAME")]
+    #[arg(
+        long,
+        env = "NBD_CLUSTER",
+        default_value = "cinderblock",
+        global = true,
+        value_name = "NAME"
+    )]
     cluster: nbd_topology::ClusterName,
 
     /// The shard.
@@ -219,7 +224,7 @@ mod tests {
             matched: 90 + id,
             lag: 10 - id,
         };
-        let members = super::members(&v1::MembersReply {
+        let members = members(&v1::MembersReply {
             leader: 1,
             members: vec![
                 member(1, true, true, false),

@@ -154,7 +154,7 @@ impl Services {
         former.form(reader, founders.ok_or(FormationError::NotFounder(reader.shard()))?).await
     }
 
-    pub(super) fn resync_parts(&self, group: GroupHandle) -> ResyncParts {
+    pub(super) fn resync_parts(&self, group: GroupHandle) -> ResyncParts<GroupHandle> {
         ResyncParts {
             group,
             checkpoints: self.checkpoints.clone(),

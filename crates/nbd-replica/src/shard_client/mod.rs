@@ -25,8 +25,6 @@ pub(crate) mod read;
 mod remote;
 pub(crate) mod room;
 pub(crate) mod session;
-#[cfg(test)]
-mod tests;
 pub(crate) mod wire;
 
 use std::future::Future;
@@ -49,8 +47,6 @@ use self::wire::Elsewhere;
 use crate::group_task::{Answer, GroupHandle, GroupStopped, LeaderAt, Route, RunError};
 
 pub(crate) use links::Links;
-#[cfg(test)]
-pub(crate) use read::NoRepair;
 pub(crate) use read::{BlockRepair, Fetched, ReadData};
 pub(crate) use room::Room;
 pub(crate) use session::{Event, SessionClient, SessionEnd, Signal};

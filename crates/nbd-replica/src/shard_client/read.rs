@@ -29,16 +29,6 @@ pub(crate) trait BlockRepair: fmt::Debug + Send + Sync {
     fn fetch(&self, volume: VolumeId, block: u64, crc: u32) -> Fetched;
 }
 
-/// No other replica to ask.
-#[derive(Debug)]
-pub(crate) struct NoRepair;
-
-impl BlockRepair for NoRepair {
-    fn fetch(&self, _volume: VolumeId, _block: u64, _crc: u32) -> Fetched {
-        Box::pin(std::future::ready(None))
-    }
-}
-
 /// Bytes of a read with the runs in them that are known to be zero.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct ReadData {
