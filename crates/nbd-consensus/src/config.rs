@@ -1,33 +1,61 @@
 //! What a [`Group`](crate::Group) starts from.
 
-use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
+use std::time::Duration;
+
+use nbd_topology::{LogIndex, Membership, ReplicaId, ShardId, Term};
 
 use crate::effect::HardState;
 use crate::error::GroupError;
 use crate::input::Entry;
 use crate::limits::{
-    APPLY_BYTES_MAX, CACHE_BYTES_MAX, ENTRY_BYTES_MAX, INFLIGHT_MESSAGES_MAX, MESSAGE_BYTES_MAX,
-    UNCOMMITTED_BYTES_MAX, VOTERS_MAX,
+    APPLY_BYTES_MAX, CACHE_BYTES_MAX, ENTRY_BYTES_MAX, INFLIGHT_MESSAGES_MAX, LEARNERS_MAX,
+    MESSAGE_BYTES_MAX, TICK, TICK_MAX, UNCOMMITTED_BYTES_MAX, VOTERS_MAX,
 };
+
+/// How a leader knows that it still leads when it answers a read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReadMode {
+    /// It holds a lease: until when nobody can have been elected in its place, for its followers
+    /// grant no vote for an election timeout after they heard from it. Relies on clocks that run
+    /// within 10 % of each other for the length of a lease.
+    #[default]
+    Lease,
+    /// It asks a majority each time, and relies on no clock. Followers may then vote as soon as
+    /// the connection to the leader breaks.
+    Quorum,
+}
 
 /// Settings of a group. Validated by [`Group::new`](crate::Group::new).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupConfig {
     /// The shard the group serves. For log lines only: messages do not carry it.
     pub shard: ShardId,
-    /// This replica.
+    /// This replica. If it is not in the membership, it takes the log but has no part in
+    /// elections.
     pub replica: ReplicaId,
-    /// All voters, this replica among them, the same on each: 1 to 7.
-    pub voters: Vec<ReplicaId>,
+    /// Time from one [`Input::Tick`](crate::Input::Tick) to the next, above 0 and at most a minute.
+    /// The same on all replicas. Default: 25 ms.
+    pub tick: Duration,
     /// Ticks without a leader until a follower stands for election, and within which a leader must
-    /// hear from a majority. Well above the slowest flush. Default: 12 (300 ms at 25 ms a tick).
+    /// hear from a majority. Well above the slowest flush. Leases and votes are measured by it: the
+    /// same on all replicas. Default: 12 (300 ms at 25 ms a tick).
     pub election_ticks: u32,
     /// Ticks from one heartbeat to the next. Default: 2.
     pub heartbeat_ticks: u32,
+    /// How reads are answered, and when votes may be given. The same on all replicas: a leader with
+    /// a lease relies on how its followers vote. Default: [`ReadMode::Lease`].
+    pub read_mode: ReadMode,
+    /// Whether this replica may have voted or acknowledged anything in an earlier life. It then
+    /// gives no vote, and does not stand for election, for an election timeout from its start: it
+    /// cannot know how lately it heard from a leader that holds a lease. Default: true.
+    pub restarted: bool,
     /// Whether each wait is drawn from `election_ticks..2 * election_ticks`, by raft-rs's
     /// thread-local generator, which keeps candidates from colliding. Simulations switch it off
-    /// and give each replica an `election_ticks` of its own. Default: true.
+    /// and give each replica an `election_ticks_extra` of its own. Default: true.
     pub election_ticks_jitter: bool,
+    /// Without jitter: ticks that this replica waits beyond `election_ticks` before it stands, at
+    /// most 2^30. Default: 0.
+    pub election_ticks_extra: u32,
     /// Largest data of an entry, proposed here or sent by a peer. Default: 2 MiB.
     pub entry_bytes_max: usize,
     /// Bytes a leader logs ahead of what is committed; past it proposals are refused as
@@ -37,39 +65,41 @@ pub struct GroupConfig {
     /// Bytes of applied entries kept in memory for followers that lag. Entries not yet applied are
     /// kept regardless. Default: 16 MiB.
     pub cache_bytes_max: usize,
+    /// A mistake to be made. Default: none.
+    #[cfg(feature = "planted-faults")]
+    pub fault: Option<crate::fault::Fault>,
 }
 
 impl GroupConfig {
-    /// Default settings for these voters.
+    /// Default settings.
     #[must_use]
-    pub const fn new(shard: ShardId, replica: ReplicaId, voters: Vec<ReplicaId>) -> Self {
+    pub const fn new(shard: ShardId, replica: ReplicaId) -> Self {
         Self {
             shard,
             replica,
-            voters,
+            tick: TICK,
             election_ticks: 12,
             heartbeat_ticks: 2,
+            read_mode: ReadMode::Lease,
+            restarted: true,
             election_ticks_jitter: true,
+            election_ticks_extra: 0,
             entry_bytes_max: ENTRY_BYTES_MAX,
             uncommitted_bytes_max: UNCOMMITTED_BYTES_MAX,
             cache_bytes_max: CACHE_BYTES_MAX,
+            #[cfg(feature = "planted-faults")]
+            fault: None,
         }
     }
 
     /// Checks every rule stated on the fields.
     pub(crate) fn validate(&self) -> Result<(), GroupError> {
-        let mut distinct = self.voters.clone();
-        distinct.sort_unstable();
-        distinct.dedup();
-        let voters = self.voters.len();
-        if voters == 0 || voters > VOTERS_MAX || distinct.len() != voters {
-            return Err(GroupError::Voters { voters });
-        }
-        if !self.voters.contains(&self.replica) {
-            return Err(GroupError::NotAVoter { replica: self.replica });
+        if self.tick.is_zero() || self.tick > TICK_MAX {
+            return Err(GroupError::Tick { tick: self.tick });
         }
         let (heartbeat, election) = (self.heartbeat_ticks, self.election_ticks);
-        if heartbeat == 0 || heartbeat >= election || election > u32::MAX / 2 {
+        let long = election.max(self.election_ticks_extra) > 1 << 30;
+        if heartbeat == 0 || heartbeat >= election || long {
             return Err(GroupError::Ticks { heartbeat, election });
         }
         let (entry, uncommitted) = (self.entry_bytes_max, self.uncommitted_bytes_max);
@@ -84,12 +114,18 @@ impl GroupConfig {
     /// a working leader, and nothing may grow without bound.
     pub(crate) fn to_raft(&self, applied: LogIndex) -> raft::Config {
         let election = self.election_ticks as usize;
+        let (shortest, longest) = if self.election_ticks_jitter {
+            (election, 2 * election)
+        } else {
+            let fixed = election + self.election_ticks_extra as usize;
+            (fixed, fixed + 1)
+        };
         raft::Config {
             id: self.replica.get(),
             election_tick: election,
             heartbeat_tick: self.heartbeat_ticks as usize,
-            min_election_tick: election,
-            max_election_tick: if self.election_ticks_jitter { 2 * election } else { election + 1 },
+            min_election_tick: shortest,
+            max_election_tick: longest,
             applied: applied.0,
             max_size_per_msg: MESSAGE_BYTES_MAX,
             max_inflight_msgs: INFLIGHT_MESSAGES_MAX,
@@ -110,7 +146,11 @@ impl GroupConfig {
 pub struct Recovered {
     /// The last hard state on stable storage.
     pub hard_state: HardState,
-    /// Highest index in the state machine. `compacted <= applied <= hard_state.commit <= last`.
+    /// The members as of `applied`: 1 to [`VOTERS_MAX`] voters, at most [`LEARNERS_MAX`] learners.
+    /// This replica may be missing: it has yet to be added, or was removed. (The default, nobody,
+    /// is the one thing in it that must be replaced.)
+    pub membership: Membership,
+    /// Highest index in the state machine, as of a durable checkpoint. `compacted <= applied <= hard_state.commit <= last`.
     pub applied: LogIndex,
     /// The log starts behind this entry; its term is still needed to match followers.
     pub compacted: (LogIndex, Term),
@@ -129,6 +169,11 @@ impl Recovered {
 
     /// Checks every rule stated on the fields.
     pub(crate) fn validate(&self) -> Result<(), GroupError> {
+        let (voters, learners) = (self.membership.voters(), self.membership.learners());
+        if voters.is_empty() || voters.len() > VOTERS_MAX || learners.len() > LEARNERS_MAX {
+            let (voters, learners) = (voters.len(), learners.len());
+            return Err(GroupError::Members { voters, learners });
+        }
         let (compacted, applied, commit) = (self.compacted.0, self.applied, self.hard_state.commit);
         let last = self.last();
         if compacted > applied || applied > commit || commit > last {

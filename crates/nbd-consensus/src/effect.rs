@@ -1,10 +1,10 @@
 //! What a [`Group`](crate::Group) wants done, and how it stands.
 
 use bytes::Bytes;
-use nbd_topology::{LogIndex, ReplicaId, Term};
+use nbd_topology::{LogIndex, Membership, MembershipChange, ReplicaId, Term};
 
 use crate::error::MessageError;
-use crate::input::{Entry, ReadyNumber, Ticket};
+use crate::input::{Entry, ReadyNumber, Ticket, Timestamp};
 
 /// The part of Raft's state that must survive a restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,6 +68,24 @@ pub struct Committed {
     pub entry: Entry,
     /// The proposal it came from, if that was made here and since the last restart.
     pub ticket: Option<Ticket>,
+    /// The membership change that the entry is, if it is one that has an effect.
+    pub change: Option<MembershipChange>,
+    /// The members from this entry on, if it changed them. In force here as of this step.
+    pub membership: Option<Membership>,
+}
+
+/// A leader offers its state machine instead of its log, which no longer reaches back far enough
+/// for this replica. Nothing has happened yet: fetch the contents by other means, install them, and
+/// step [`Input::SnapshotInstalled`](crate::Input::SnapshotInstalled). The offer is repeated for as
+/// long as this replica has not caught up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotOffer {
+    /// The leader.
+    pub from: ReplicaId,
+    /// The last entry the leader's checkpoint covers. The contents may come from a later one.
+    pub index: LogIndex,
+    /// Its term.
+    pub term: Term,
 }
 
 /// Why a proposal or a read did not come through.
@@ -83,6 +101,24 @@ pub enum RejectReason {
     /// and try again after the next commit.
     #[error("too much is waiting to be committed")]
     Full,
+    /// The last membership change is not yet applied here, or this new leader has not yet applied
+    /// an entry of its own. Nothing was logged; try again.
+    #[error("an earlier membership change is under way")]
+    MembershipBusy,
+    /// The membership change would change nothing, or leave no voter. Nothing was logged.
+    #[error("the membership change has no effect")]
+    NoEffect,
+    /// There are as many voters, or learners, as there may be. Nothing was logged.
+    #[error("the group has as many members as it may have")]
+    TooManyMembers,
+    /// Of the voters that would be left, too few are active for a majority: the group would stop.
+    /// Nothing was logged.
+    #[error("too few of the voters that would be left are active")]
+    QuorumAtRisk,
+    /// The new voter is not a learner whose log has nearly caught up. Nothing was logged; add it as
+    /// a learner, and try again later.
+    #[error("the new voter has to catch up as a learner first")]
+    NotCaughtUp,
     /// Leadership is being handed over. Nothing was logged; try again.
     #[error("leadership is being transferred")]
     Transferring,
@@ -94,6 +130,10 @@ pub enum RejectReason {
     /// did not happen and never will.
     #[error("another leader's entry was committed instead")]
     Superseded,
+    /// It was logged, and then this replica's log gave way to a snapshot that reaches past it:
+    /// whether it happened is not known here.
+    #[error("a snapshot took the place of the log that would have told")]
+    Unknown,
 }
 
 /// What part this replica plays.
@@ -152,6 +192,8 @@ pub struct Effects {
     pub role_changed: Option<Leadership>,
     /// Entries to be read for followers that lag.
     pub fetch: Vec<Fetch>,
+    /// Set if the leader cannot feed this replica from its log.
+    pub snapshot_offered: Option<SnapshotOffer>,
     /// Set if the step was a peer's message that made no sense. It had no effect.
     pub refused: Option<MessageError>,
 }
@@ -164,15 +206,36 @@ impl Effects {
     }
 }
 
-/// A follower as its leader sees it.
+/// A follower, voter or learner, as its leader sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerStatus {
     /// The follower.
     pub replica: ReplicaId,
     /// Its log is known to agree with the leader's up to here.
     pub matched: LogIndex,
-    /// Whether it was heard from within the current check-quorum round.
+    /// Whether it was heard from within the last election timeout.
     pub active: bool,
+    /// Whether it is a learner.
+    pub learner: bool,
+    /// Whether it was offered a snapshot and has not caught up with it.
+    pub snapshot: bool,
+}
+
+/// How a group stands, in short. See [`Status`] for what the fields mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Brief {
+    /// This replica's role.
+    pub role: Role,
+    /// The current term.
+    pub term: Term,
+    /// The leader, if known.
+    pub leader: Option<ReplicaId>,
+    /// Highest index known to be committed.
+    pub committed: LogIndex,
+    /// Highest index the caller has applied.
+    pub applied: LogIndex,
+    /// Whether this replica leads and has applied an entry of its own term.
+    pub serving: bool,
 }
 
 /// How a group stands. `applied <= min(committed, persisted)`, `committed <= last`,
@@ -208,6 +271,12 @@ pub struct Status {
     pub reads_waiting: usize,
     /// Bytes of proposals logged by this leader and not yet committed.
     pub uncommitted_bytes: usize,
+    /// The members in force: as of `handed_out`.
+    pub membership: Membership,
+    /// To whom this leader is handing over.
+    pub transferring: Option<ReplicaId>,
+    /// As [`Group::read_lease`](crate::Group::read_lease).
+    pub lease_until: Option<Timestamp>,
     /// The followers, by id; empty unless leader.
     pub peers: Vec<PeerStatus>,
 }

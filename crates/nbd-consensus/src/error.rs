@@ -1,28 +1,35 @@
 //! Errors of [`Group::new`](crate::Group::new) and of peer messages.
 
-use nbd_topology::{LogIndex, ReplicaId, Term};
+use std::time::Duration;
 
-use crate::limits::VOTERS_MAX;
+use nbd_topology::{LogIndex, Term};
+
+use crate::limits::{LEARNERS_MAX, TICK_MAX, VOTERS_MAX};
 
 /// A group that cannot be started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum GroupError {
-    /// The voters are not 1 to [`VOTERS_MAX`] distinct replicas.
-    #[error("a group has 1 to {VOTERS_MAX} distinct voters, not {voters}")]
-    Voters {
-        /// Voters given, repetitions included.
+    /// The membership is not of 1 to [`VOTERS_MAX`] voters and at most [`LEARNERS_MAX`] learners.
+    #[error(
+        "a group has 1 to {VOTERS_MAX} voters and at most {LEARNERS_MAX} learners, \
+         not {voters} and {learners}"
+    )]
+    Members {
+        /// Voters given.
         voters: usize,
+        /// Learners given.
+        learners: usize,
     },
-    /// The replica is none of the voters.
-    #[error("replica {replica} is not among the voters")]
-    NotAVoter {
-        /// The replica given.
-        replica: ReplicaId,
+    /// `0 < tick <= TICK_MAX` does not hold.
+    #[error("a tick of {tick:?} is not above 0 and at most {TICK_MAX:?}")]
+    Tick {
+        /// The tick given.
+        tick: Duration,
     },
-    /// `0 < heartbeat_ticks < election_ticks` does not hold.
+    /// `0 < heartbeat_ticks < election_ticks` does not hold, or ticks are above 2^30.
     #[error(
         "heartbeat of {heartbeat} ticks and election timeout of {election}: \
-         0 < heartbeat < election must hold"
+         0 < heartbeat < election <= 2^30 must hold"
     )]
     Ticks {
         /// Heartbeat interval given.
@@ -84,8 +91,8 @@ pub enum MessageError {
     /// Not a message of this protocol.
     #[error("message cannot be decoded")]
     Malformed,
-    /// Of a kind that peers do not send each other here: an event local to the sender, a request
-    /// that should have been refused there, or a snapshot.
+    /// Of a kind that peers do not send each other here: an event local to the sender, or a request
+    /// that should have been refused there.
     #[error("message of kind {kind} is not one that peers send")]
     Kind {
         /// The kind's number in the protocol.
@@ -97,7 +104,8 @@ pub enum MessageError {
         /// The id in the message.
         to: u64,
     },
-    /// Not from a member of this group, or from this replica itself.
+    /// Not from a member of this group, or from this replica itself. One that is no member as far
+    /// as this replica knows may still be a new leader or candidate: such messages are taken.
     #[error("message is from replica {from}, which is no peer in this group")]
     Sender {
         /// The id in the message.
@@ -131,6 +139,13 @@ pub enum MessageError {
         commit: u64,
         /// The log's end.
         last: u64,
+    },
+    /// A snapshot without an index, term or voters, of a later term than the message, or with data:
+    /// contents are not sent as Raft snapshots.
+    #[error("snapshot at index {index} makes no sense")]
+    Snapshot {
+        /// The snapshot's index.
+        index: u64,
     },
     /// A follower acknowledges or names an index that this leader does not have.
     #[error("follower names index {index}, but the log ends at {last}")]

@@ -9,6 +9,7 @@ use raft::eraftpb::{Message, MessageType};
 
 use crate::error::MessageError;
 use crate::limits::COUNTER_MAX;
+use crate::membership::from_conf_state;
 
 /// What a message is checked against.
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +27,10 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// Refuses what raft-rs must not see. `is_member` tells whether an id belongs to the group.
+    /// Refuses what raft-rs must not see. `is_member` tells whether an id belongs to the group as
+    /// far as this replica knows. That may be less than the truth, for a membership change reaches
+    /// some later than others: of a sender unknown here, what a new leader or candidate would say
+    /// is taken, in a term that is not past. Raft keeps that safe.
     pub(crate) fn check(
         &self,
         message: &Message,
@@ -35,8 +39,10 @@ impl Guard {
         if message.to != self.replica {
             return Err(MessageError::Recipient { to: message.to });
         }
-        if message.from == self.replica || !is_member(message.from) {
-            return Err(MessageError::Sender { from: message.from });
+        let from = message.from;
+        let newcomer = message.term >= self.term && leads_or_stands(message.msg_type);
+        if from == self.replica || from == 0 || !(newcomer || is_member(from)) {
+            return Err(MessageError::Sender { from });
         }
         let counters = [
             message.term,
@@ -57,6 +63,7 @@ impl Guard {
             MessageType::MsgAppend => self.check_append(message),
             MessageType::MsgHeartbeat => self.check_heartbeat(message),
             MessageType::MsgAppendResponse => self.check_append_response(message),
+            MessageType::MsgSnapshot => check_snapshot(message),
             MessageType::MsgHeartbeatResponse
             | MessageType::MsgRequestVote
             | MessageType::MsgRequestVoteResponse
@@ -106,4 +113,33 @@ impl Guard {
         }
         Ok(())
     }
+}
+
+/// Whether messages of this kind come from leaders or candidates.
+const fn leads_or_stands(kind: MessageType) -> bool {
+    matches!(
+        kind,
+        MessageType::MsgAppend
+            | MessageType::MsgHeartbeat
+            | MessageType::MsgSnapshot
+            | MessageType::MsgRequestVote
+            | MessageType::MsgRequestPreVote
+    )
+}
+
+/// A snapshot is a place in the log and the members there, and nothing else.
+fn check_snapshot(message: &Message) -> Result<(), MessageError> {
+    let snapshot = message.get_snapshot();
+    let metadata = snapshot.get_metadata();
+    let (index, term) = (metadata.index, metadata.term);
+    if let Some(&value) = [index, term].iter().find(|value| **value > COUNTER_MAX) {
+        return Err(MessageError::Range { value });
+    }
+    let members = from_conf_state(metadata.get_conf_state());
+    let voters = members.map_or(0, |members| members.voters().len());
+    let sane = index > 0 && (1..=message.term).contains(&term) && snapshot.data.is_empty();
+    if !sane || voters == 0 || !message.entries.is_empty() {
+        return Err(MessageError::Snapshot { index });
+    }
+    Ok(())
 }

@@ -39,18 +39,25 @@ pub mod input;
 pub mod limits;
 
 mod codec;
+mod fault;
 mod guard;
+mod lease;
 mod log_cache;
 mod logger;
+mod membership;
 mod proposals;
 mod readies;
 mod reads;
+mod watch;
 
-pub use config::{GroupConfig, Recovered};
+pub use config::{GroupConfig, ReadMode, Recovered};
 pub use effect::{
-    Append, Committed, Effects, Fetch, HardState, Leadership, OutMessage, PeerStatus, RejectReason,
-    Role, Status,
+    Append, Brief, Committed, Effects, Fetch, HardState, Leadership, OutMessage, PeerStatus,
+    RejectReason, Role, SnapshotOffer, Status,
 };
 pub use error::{GroupError, MessageError};
+#[cfg(feature = "planted-faults")]
+pub use fault::Fault;
 pub use group::Group;
-pub use input::{Entry, EntryKind, Input, Proposal, ReadyNumber, Ticket};
+pub use input::{Entry, EntryKind, Input, Proposal, ReadyNumber, Ticket, Timestamp};
+pub use membership::decode_change;

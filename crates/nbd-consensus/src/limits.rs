@@ -1,5 +1,13 @@
 //! Every bound of this crate, in one place.
 
+use std::time::Duration;
+
+/// Default for [`GroupConfig::tick`](crate::GroupConfig::tick).
+pub const TICK: Duration = Duration::from_millis(25);
+
+/// Largest [`GroupConfig::tick`](crate::GroupConfig::tick).
+pub const TICK_MAX: Duration = Duration::from_secs(60);
+
 /// Bytes of entries raft-rs puts into one append message, and the size at which an outgoing message
 /// is split. 256 KiB keeps a heartbeat from waiting long behind bulk on one connection; raft-rs's
 /// own default of 0 means one entry per message.
@@ -33,10 +41,22 @@ pub const READS_WAITING_MAX: usize = 65_536;
 
 /// Requests for entries no longer in memory that may be open at once: two for each possible
 /// follower. Past it a follower's turn comes with its next heartbeat response.
-pub const FETCHES_MAX: usize = 2 * VOTERS_MAX;
+pub const FETCHES_MAX: usize = 2 * (VOTERS_MAX + LEARNERS_MAX);
 
 /// Voters in one group.
 pub const VOTERS_MAX: usize = 7;
+
+/// Learners in one group.
+pub const LEARNERS_MAX: usize = 7;
+
+/// Entries by which a learner may lag behind the leader's log and still become a voter. A few
+/// hundred are on their way to any follower under load; one that lags further would, as a voter,
+/// hold up every commit that needs it.
+pub const PROMOTION_LAG_MAX: u64 = 512;
+
+/// Ticks after which a follower that was offered a snapshot, and has not caught up with it, is
+/// offered one again: the offer may have been lost, or the answer.
+pub const SNAPSHOT_OFFER_TICKS: u32 = 40;
 
 /// Largest term and index taken from a peer. Far beyond reach in honest operation, and far enough
 /// below `u64::MAX` that adding to one cannot wrap.

@@ -13,15 +13,16 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 
-use nbd_topology::{LogIndex, ReplicaId};
+use nbd_topology::{LogIndex, Membership, ReplicaId};
 use protobuf::Message as _;
-use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::eraftpb::{Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
 use crate::codec;
 use crate::config::Recovered;
 use crate::effect::Fetch;
 use crate::limits::{ENTRY_OVERHEAD_BYTES, FETCHES_MAX};
+use crate::membership::to_conf_state;
 
 /// Entries from `first` on, up to the next run or the last entry, are of `term`. A million entries
 /// of one leader are one run.
@@ -58,13 +59,15 @@ pub(crate) struct LogCache {
     /// Bound on `window_bytes`, though entries above `applied` stay in any case.
     window_bytes_max: usize,
     applied: u64,
+    /// What a follower may be offered that the log cannot feed.
+    offer: Option<Snapshot>,
     /// Behind a cell because raft-rs asks through a shared reference.
     fetches: RefCell<Fetches>,
 }
 
 impl LogCache {
     /// The log as recovered and validated.
-    pub(crate) fn new(recovered: &Recovered, voters: &[ReplicaId], bytes_max: usize) -> Self {
+    pub(crate) fn new(recovered: &Recovered, bytes_max: usize) -> Self {
         let hard = recovered.hard_state;
         let hard_state = HardState {
             term: hard.term.0,
@@ -72,10 +75,7 @@ impl LogCache {
             commit: hard.commit.0,
             ..HardState::default()
         };
-        let conf_state = ConfState {
-            voters: voters.iter().map(|voter| voter.get()).collect(),
-            ..ConfState::default()
-        };
+        let conf_state = to_conf_state(&recovered.membership);
         let compacted = (recovered.compacted.0.0, recovered.compacted.1.0);
         let mut cache = Self {
             initial: RaftState { hard_state, conf_state },
@@ -86,6 +86,7 @@ impl LogCache {
             window_bytes: 0,
             window_bytes_max: bytes_max,
             applied: recovered.applied.0,
+            offer: None,
             fetches: RefCell::default(),
         };
         for term in &recovered.terms {
@@ -157,6 +158,21 @@ impl LogCache {
         while self.window.front().is_some_and(|entry| entry.index <= index) {
             self.pop_front();
         }
+    }
+
+    /// The state machine is checkpointed as of the entry (`index`, `term`), when `membership` was in
+    /// force.
+    pub(crate) fn offer(&mut self, index: u64, term: u64, membership: &Membership) {
+        let mut snapshot = Snapshot::default();
+        let metadata = snapshot.mut_metadata();
+        (metadata.index, metadata.term) = (index, term);
+        metadata.set_conf_state(to_conf_state(membership));
+        self.offer = Some(snapshot);
+    }
+
+    /// Index of the last checkpoint.
+    pub(crate) fn offered(&self) -> Option<u64> {
+        self.offer.as_ref().map(|offer| offer.get_metadata().index)
     }
 
     /// New requests for entries that are not in memory.
@@ -312,10 +328,13 @@ impl Storage for LogCache {
         Ok(self.last)
     }
 
-    /// Volumes are not sent as Raft snapshots. A follower that needs entries from before the
-    /// compacted index waits until it is caught up by other means.
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        Err(StorageError::SnapshotTemporarilyUnavailable.into())
+    /// The last checkpoint's place in the log, without any data: volumes are not sent as Raft
+    /// snapshots. It has to be one that the log goes on from.
+    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        let fits =
+            |offer: &&Snapshot| offer.get_metadata().index >= request_index.max(self.compacted.0);
+        let offer = self.offer.as_ref().filter(fits).cloned();
+        offer.ok_or_else(|| StorageError::SnapshotTemporarilyUnavailable.into())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use crate::effect::RejectReason;
 use crate::input::Ticket;
 
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +62,27 @@ impl Proposals {
             }
         }
         own
+    }
+
+    /// A snapshot that ends with the entry (`index`, `term`) is in place of the log: what it covers
+    /// is committed, but not what it was. Gives every ticket that it covers or rules out to
+    /// `ended`.
+    pub(crate) fn covered(
+        &mut self,
+        index: u64,
+        term: u64,
+        mut ended: impl FnMut(Ticket, RejectReason),
+    ) {
+        assert!(self.term <= term, "committed terms went back");
+        self.term = term;
+        self.open.retain(|open| {
+            if open.index <= index {
+                ended(open.ticket, RejectReason::Unknown);
+            } else if open.term < term {
+                ended(open.ticket, RejectReason::Superseded);
+            }
+            open.index > index && open.term >= term
+        });
     }
 
     /// Lowest index with an open ticket.

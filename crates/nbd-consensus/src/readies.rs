@@ -12,13 +12,16 @@ pub(crate) struct Readies {
     outstanding: VecDeque<u64>,
     /// Number of the last ready, `>=` everything outstanding.
     issued: u64,
+    /// Ready numbers of raft-rs count from here: it was set up anew behind a snapshot.
+    base: u64,
     /// The last outstanding append with a new term or vote.
     vote: Option<u64>,
 }
 
 impl Readies {
-    /// Notes the next ready of raft-rs.
+    /// Notes the next ready of raft-rs, by its number there.
     pub(crate) fn issue(&mut self, number: u64) {
+        let number = self.base + number;
         assert!(number > self.issued, "ready {number} after {}", self.issued);
         self.issued = number;
     }
@@ -32,8 +35,14 @@ impl Readies {
         ReadyNumber(self.issued)
     }
 
-    /// Notes that appends up to `number` are durable, and returns the number of the ready up to
-    /// which raft-rs may take that for granted: it includes those that only rode behind.
+    /// raft-rs starts over, with nothing to be persisted.
+    pub(crate) const fn start_over(&mut self) {
+        self.base = self.issued;
+    }
+
+    /// Notes that appends up to `number` are durable, and returns raft-rs's number of the ready up
+    /// to which it may take that for granted: it includes those that only rode behind. 0 if that
+    /// was before raft-rs started over.
     ///
     /// # Panics
     ///
@@ -45,12 +54,13 @@ impl Readies {
         };
         self.outstanding.drain(..=place);
         self.vote = self.vote.filter(|vote| *vote > number.0);
-        self.outstanding.front().map_or(self.issued, |next| next - 1)
+        let through = self.outstanding.front().map_or(self.issued, |next| next - 1);
+        through.saturating_sub(self.base)
     }
 
-    /// Number of the last ready.
+    /// raft-rs's number of the last ready.
     pub(crate) const fn issued(&self) -> u64 {
-        self.issued
+        self.issued - self.base
     }
 
     /// Number of outstanding appends.

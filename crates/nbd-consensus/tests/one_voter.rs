@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use nbd_consensus::{
     Append, Committed, Effects, Entry, Group, GroupConfig, HardState, Input, Proposal, Recovered,
-    RejectReason, Ticket,
+    RejectReason, Ticket, Timestamp,
 };
-use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
+use nbd_topology::{LogIndex, Membership, ReplicaId, ShardId, Term};
 use proptest::prelude::*;
 
 #[derive(Debug, Clone)]
@@ -54,17 +54,21 @@ struct Driver {
 
 fn config() -> GroupConfig {
     let one = ReplicaId::new(1).expect("not 0");
-    let mut config = GroupConfig::new(ShardId(0), one, vec![one]);
+    let mut config = GroupConfig::new(ShardId(0), one);
     config.entry_bytes_max = 140_000;
     config.uncommitted_bytes_max = 500_000;
     config.cache_bytes_max = 100_000;
     config
 }
 
+fn fresh() -> Recovered {
+    Recovered { membership: Membership::of_voters(ReplicaId::new(1)), ..Recovered::default() }
+}
+
 impl Driver {
     fn new() -> Self {
         let mut driver = Self {
-            group: Group::new(config(), Recovered::default()).expect("valid"),
+            group: Group::new(config(), fresh()).expect("valid"),
             appends: VecDeque::new(),
             log: Vec::new(),
             durable: HardState::default(),
@@ -79,7 +83,7 @@ impl Driver {
     }
 
     fn step(&mut self, input: Input) -> Effects {
-        let mut effects = self.group.step(input);
+        let mut effects = self.group.step(Timestamp(0), input);
         assert!(effects.appends.len() <= 1, "one voter never needs two appends in a step");
         assert!(effects.send_now.is_empty() && effects.fetch.is_empty());
         self.appends.extend(effects.appends.drain(..));
@@ -149,6 +153,7 @@ impl Driver {
         let applied = usize::try_from(self.applied.0).expect("small");
         let recovered = Recovered {
             hard_state: HardState { commit: checkpoint.commit, ..self.durable },
+            membership: fresh().membership,
             applied: self.applied,
             compacted: (LogIndex::ZERO, Term::ZERO),
             terms: self.log.iter().map(|entry| entry.term).collect(),

@@ -36,7 +36,7 @@ pub mod writer;
 
 pub use error::{AppendError, Finding, LogOpenError, LogReadError, OptionsError};
 pub use options::LogOptions;
-pub use pool::{LogPin, SegmentPool};
+pub use pool::{HardStates, LogPin, SegmentPool};
 pub use reader::LogReader;
 pub use record::{
     EntryKind, EntryRecord, HardState, LogIdentity, LogPosition, Record, ScannedEntry,

@@ -72,6 +72,35 @@ pub struct Tuning {
     #[arg(long, env = "NBD_SPACE_RESERVE", default_value = "256MiB", value_name = "SIZE")]
     pub space_reserve: ByteSize,
 
+    /// Bytes of log kept for replicas that were away, beside what checkpoints need; who was away for
+    /// longer is sent the chunks that changed. Never more than a quarter of the log's bound; 0 keeps
+    /// nothing.
+    #[arg(long, env = "NBD_LOG_RETENTION_BYTES", default_value = "256MiB", value_name = "SIZE")]
+    pub log_retention_bytes: ByteSize,
+
+    /// How the leader answers reads: `lease`, from its own store while it holds a lease, or `quorum`,
+    /// after a round to a majority each time, which needs no clocks. The same on all nodes.
+    #[arg(long, env = "NBD_READ_MODE", default_value = "lease", value_name = "lease|quorum")]
+    pub read_mode: ReadModeArg,
+
+    /// Most bytes a second that a replica which was away for long, or is new, takes in to catch up.
+    /// At least 1MiB.
+    #[arg(
+        long,
+        env = "NBD_RESYNC_BYTES_PER_SECOND",
+        default_value = "128MiB",
+        value_name = "SIZE"
+    )]
+    pub resync_bytes_per_second: ByteSize,
+
+    /// Bytes a second that the background scrub reads to verify what is at rest; 0 turns it off.
+    #[arg(long, env = "NBD_SCRUB_BYTES_PER_SECOND", default_value = "8MiB", value_name = "SIZE")]
+    pub scrub_bytes_per_second: ByteSize,
+
+    /// Time from the end of one pass of the scrub to the start of the next.
+    #[arg(long, env = "NBD_SCRUB_INTERVAL", default_value = "24h", value_name = "TIME")]
+    pub scrub_interval: HumanDuration,
+
     /// How long /health waits for the replicated counter to move.
     #[arg(long, env = "NBD_HEALTH_DEADLINE", default_value = "1s", value_name = "TIME")]
     pub health_deadline: HumanDuration,
@@ -86,6 +115,33 @@ impl Tuning {
     #[must_use]
     pub fn defaults() -> Self {
         Self::parse_from(["defaults"])
+    }
+}
+
+/// How reads are answered, as a flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ReadModeArg {
+    /// Under the leader's lease.
+    Lease,
+    /// By a round to a majority for each read.
+    Quorum,
+}
+
+impl From<ReadModeArg> for nbd_consensus::ReadMode {
+    fn from(mode: ReadModeArg) -> Self {
+        match mode {
+            ReadModeArg::Lease => Self::Lease,
+            ReadModeArg::Quorum => Self::Quorum,
+        }
+    }
+}
+
+impl fmt::Display for ReadModeArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lease => "lease",
+            Self::Quorum => "quorum",
+        })
     }
 }
 
@@ -124,14 +180,6 @@ pub enum InvalidConfig {
     /// The node has no shard to serve.
     #[error("node {0} holds no shard")]
     NoShards(NodeName),
-    /// More replicas than this version can run.
-    #[error("shard {shard} has {replicas} replicas: this version runs 1 replica a shard")]
-    Replicated {
-        /// The shard.
-        shard: ShardId,
-        /// How many replicas it was given.
-        replicas: usize,
-    },
     /// A size out of its range.
     #[error("{name} is {value}: allowed is {allowed}")]
     OutOfRange {
@@ -166,13 +214,6 @@ impl Config {
         let shards: Vec<_> = cluster.shards_of(&node).collect();
         if shards.is_empty() {
             return Err(InvalidConfig::NoShards(node));
-        }
-        if let Some((shard, replicas)) = shards
-            .iter()
-            .map(|&shard| (shard, cluster.replicas(shard).len()))
-            .find(|&(_, replicas)| replicas > 1)
-        {
-            return Err(InvalidConfig::Replicated { shard, replicas });
         }
         let size = cluster.volumes().default_size;
         if !valid_volume_size(size.bytes()) {
@@ -216,7 +257,9 @@ fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
     in_range("--log-cache-bytes", cache, MIB, 1 << 40, "1MiB to 1TiB")?;
     let checkpoint = tuning.checkpoint_log_bytes;
     let half = log.bytes() / 2;
-    in_range("--checkpoint-log-bytes", checkpoint, MIB, half, "1MiB to half of --log-bytes-max")
+    in_range("--checkpoint-log-bytes", checkpoint, MIB, half, "1MiB to half of --log-bytes-max")?;
+    let resync = tuning.resync_bytes_per_second;
+    in_range("--resync-bytes-per-second", resync, MIB, u64::MAX, "at least 1MiB")
 }
 
 /// What would be used, for people: the cluster as a `cluster.toml`, then this node's own settings.
@@ -244,6 +287,11 @@ impl fmt::Display for Tuning {
         writeln!(f, "log-cache-bytes      {}", self.log_cache_bytes)?;
         writeln!(f, "checkpoint-log-bytes {}", self.checkpoint_log_bytes)?;
         writeln!(f, "space-reserve        {}", self.space_reserve)?;
+        writeln!(f, "log-retention-bytes  {}", self.log_retention_bytes)?;
+        writeln!(f, "read-mode            {}", self.read_mode)?;
+        writeln!(f, "resync-bytes-per-second {}", self.resync_bytes_per_second)?;
+        writeln!(f, "scrub-bytes-per-second  {}", self.scrub_bytes_per_second)?;
+        writeln!(f, "scrub-interval       {}", self.scrub_interval)?;
         writeln!(f, "health-deadline      {}", self.health_deadline)?;
         writeln!(f, "shutdown-deadline    {}", self.shutdown_deadline)
     }
@@ -293,9 +341,6 @@ mod tests {
         assert_eq!(error.to_string(), "node c is not in the cluster: it has a, b");
         let error = config(ONE, "b", Tuning::defaults()).unwrap_err();
         assert_eq!(error.to_string(), "node b holds no shard");
-        let two = ONE.replace(r#"["a"]"#, r#"["a", "b"]"#);
-        let error = config(&two, "a", Tuning::defaults()).unwrap_err();
-        assert!(error.to_string().contains("2 replicas"), "{error}");
     }
 
     #[test]

@@ -1,111 +1,109 @@
-//! The task that owns one shard's group: it steps the consensus, hands log writes to the log
-//! thread, applies what is committed, and answers the proposers.
+//! The task that owns one replica of a shard: it feeds it events, and carries out what it asks for.
 //!
 //! ```text
-//!  sessions, health ──Mutate──▶ ┌────────────┐ ──AppendJob──▶ log thread
-//!  checkpointer ────Compacted─▶ │ group task │ ◀──Persisted──     │
-//!  clock ───────────Tick──────▶ │  Group     │
-//!                               │  writer    │ ──Completion─▶ the session that proposed
-//!                               └────────────┘ ──status─────▶ health, readers (watch)
+//!  sessions, health ──Request──▶ ┌──────────────┐ ──AppendJob──▶ log thread
+//!  peers, checkpoints ─Control─▶ │  group task  │ ◀──Persisted──     │
+//!  clock ─────────────Tick─────▶ │ ShardReplica │ ──OutMessage─▶ transport
+//!                                │              │ ──Answer─────▶ whoever asked
+//!                                └──────────────┘ ──Route──────▶ sessions, health (watch)
 //! ```
 //!
 //! Exit: when the last [`GroupKeeper`] is dropped, the node fails, or the process stops waiting.
-//! Proposers then see their reply channel closed.
+//! Whoever waits for an answer then sees the channel closed.
 //!
-//! Requests are taken in only while fewer than
-//! [`APPENDS_IN_FLIGHT_MAX`] log writes are under way; what
-//! gathers meanwhile goes into the next entry together.
+//! Requests are taken in only while the replica accepts them; what gathers meanwhile goes into the
+//! next entry together. Control events are always taken in.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
-use nbd_consensus::{
-    Committed, Effects, EntryKind, Group, Input, Proposal, RejectReason, Role, Ticket,
-};
-use nbd_log::log::LogPosition;
-use nbd_store::{Outcome, SessionInfo, ShardReader, ShardWriter, SpaceGrant};
-use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
+use bytes::Bytes;
+use nbd_consensus::{Role, SnapshotOffer, Status};
+use nbd_shard::{Actions, Answer, Event, FetchPlan, Persisted, ShardReplica};
+use nbd_store::{Outcome, ReplicaInfo, ShardReader, ShardSnapshot};
+use nbd_topology::{LogIndex, MembershipChange, NodeName, ReplicaId, ShardId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
-use crate::budget::BytePermit;
+use crate::clock;
 use crate::failure::{FailOnPanic, Failure};
-use crate::limits::{
-    APPENDS_IN_FLIGHT_MAX, ENTRY_PACK_BYTES_MAX, GROUP_MAILBOX_MAX, LOG_BATCH_BYTES_MAX,
-};
-use crate::log_thread::{AppendJob, LogHandle, Persisted};
+use crate::fetch::LogFetcher;
+use crate::limits::{GROUP_CONTROL_MAX, GROUP_MAILBOX_MAX};
+use crate::log_thread::{AppendJob, LogHandle};
 use crate::metrics::GroupMetrics;
-use crate::nbd::Completion;
+use crate::reply::Reply;
+use crate::resync::ResyncHandle;
+use crate::transport::TransportHandle;
 
 /// Requests taken from the mailbox in one turn.
 const TURN_REQUESTS_MAX: usize = 256;
+
+/// Control events taken in one turn.
+const TURN_CONTROL_MAX: usize = 64;
 
 /// Acknowledgements of log writes that may wait for the task; the log thread waits when there are
 /// more.
 const PERSISTED_MAX: usize = 64;
 
-/// What a mutation holds until it is applied: bytes of the budget and room on the disk.
-#[derive(Debug)]
-pub(crate) struct Hold {
-    pub(crate) _permit: Option<BytePermit>,
-    pub(crate) _grant: SpaceGrant,
-}
-
-/// Whom to tell the outcome of a command.
-#[derive(Debug)]
-pub(crate) enum Reply {
-    /// A session, by the number it gave the command's request. What the request holds is given back
-    /// when its last mutation has been applied, even if the session is gone by then.
-    Session { completions: mpsc::Sender<Completion>, token: usize, hold: Arc<Hold> },
-    /// One waiting caller.
-    Once(oneshot::Sender<Outcome>),
-    /// Nobody.
-    Nobody,
-}
-
-impl Reply {
-    fn send(self, outcome: Outcome) {
-        // A proposer that is gone needs no answer. A session's channel has room for all that it has
-        // under way.
-        match self {
-            Self::Session { completions, token, hold } => {
-                drop(hold);
-                let _ = completions.try_send(Completion::Mutation { token, outcome });
-            }
-            Self::Once(reply) => {
-                let _ = reply.send(outcome);
-            }
-            Self::Nobody => {}
-        }
-    }
-}
-
+/// What somebody asks of the shard.
 #[derive(Debug)]
 enum Request {
-    Mutate { command: Bytes, reply: Reply },
-    Compacted(LogIndex),
+    Propose { command: Bytes, reply: Reply },
+    Barrier(Reply),
+    Change(MembershipChange, Reply),
 }
 
-/// What others may know of the group.
+/// What the node tells the replica.
+#[derive(Debug)]
+enum Control {
+    Message(Bytes),
+    ConnectionLost(NodeName),
+    Unreachable(ReplicaId),
+    Checkpointed { applied: LogIndex, term: Term, first_kept: Option<LogIndex> },
+    Fetched { first: LogIndex, entries: Vec<nbd_consensus::Entry> },
+    Transfer(ReplicaId),
+    ResyncReady(Box<ShardSnapshot>),
+    Installed,
+    Status(oneshot::Sender<Status>),
+}
+
+/// What others may know of the replica at any time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct GroupStatus {
     /// Role of this replica.
     pub(crate) role: Role,
     /// Current term.
     pub(crate) term: Term,
-    /// The leader this replica knows of.
-    pub(crate) leader: Option<ReplicaId>,
     /// Highest index known committed.
     pub(crate) committed: LogIndex,
     /// Highest index applied. `applied <= committed`.
     pub(crate) applied: LogIndex,
-    /// Whether this replica leads and has applied an entry of its own term: from then on its store
-    /// shows everything that was ever acknowledged.
+}
+
+/// Where the shard's leader is, as far as this node knows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Route {
+    /// Term in which it leads.
+    pub(crate) term: Term,
+    /// The leader, if one is known.
+    pub(crate) leader: Option<LeaderAt>,
+    /// This replica leads and has applied an entry of its own term: from then on its store shows
+    /// everything that was ever acknowledged.
     pub(crate) serving: bool,
+}
+
+/// A leader and how to reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LeaderAt {
+    pub(crate) replica: ReplicaId,
+    pub(crate) node: NodeName,
+    /// Where its gRPC is, as host:port.
+    pub(crate) grpc: String,
+    /// It is this node's.
+    pub(crate) local: bool,
 }
 
 /// The group is gone: the node is stopping or has failed.
@@ -113,12 +111,47 @@ pub(crate) struct GroupStatus {
 #[error("the shard's group has stopped")]
 pub(crate) struct GroupStopped;
 
+/// Why a command has no outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RunError {
+    /// Nothing was logged: this replica does not lead.
+    #[error("this replica does not lead the shard")]
+    NotLeader,
+    /// It may or may not have happened.
+    #[error("leadership was lost meanwhile")]
+    Lost,
+    /// See [`GroupStopped`].
+    #[error(transparent)]
+    Stopped(#[from] GroupStopped),
+}
+
+/// Until when reads may be answered from this node's store alone, in nanoseconds of [`clock`]; 0:
+/// not at all. Written by the group task, read by sessions.
+#[derive(Debug, Default)]
+struct LeaseCell(AtomicU64);
+
+/// Permission to begin a read under the leader's lease.
+#[derive(Debug, Clone)]
+pub(crate) struct ReadPermit {
+    lease: Arc<LeaseCell>,
+}
+
+impl ReadPermit {
+    /// Whether the lease still runs. To be asked once the bytes were read, before they leave.
+    pub(crate) fn holds(&self) -> bool {
+        clock::now().0 < self.lease.0.load(Ordering::Acquire)
+    }
+}
+
 /// Proposes to a group and reads its shard.
 #[derive(Debug, Clone)]
 pub(crate) struct GroupHandle {
     shard: ShardId,
     mailbox: mpsc::WeakSender<Request>,
+    control: mpsc::WeakSender<Control>,
     status: watch::Receiver<GroupStatus>,
+    route: watch::Receiver<Route>,
+    lease: Arc<LeaseCell>,
     reader: ShardReader,
 }
 
@@ -126,14 +159,15 @@ pub(crate) struct GroupHandle {
 #[derive(Debug)]
 pub(crate) struct GroupKeeper {
     _mailbox: mpsc::Sender<Request>,
+    _control: mpsc::Sender<Control>,
 }
 
 impl GroupHandle {
-    pub(crate) fn shard(&self) -> ShardId {
+    pub(crate) const fn shard(&self) -> ShardId {
         self.shard
     }
 
-    pub(crate) fn reader(&self) -> &ShardReader {
+    pub(crate) const fn reader(&self) -> &ShardReader {
         &self.reader
     }
 
@@ -141,43 +175,135 @@ impl GroupHandle {
         self.status.borrow().clone()
     }
 
-    /// A sender of commands for one session; it waits in turn when the mailbox is full.
+    /// Where the leader is, now and as it changes.
+    pub(crate) fn route(&self) -> watch::Receiver<Route> {
+        self.route.clone()
+    }
+
+    /// Hands a command to the group; waits in turn when the mailbox is full. A replica that does
+    /// not lead answers so at once.
     pub(crate) async fn propose(&self, command: Bytes, reply: Reply) -> Result<(), GroupStopped> {
-        let mailbox = self.mailbox.upgrade().ok_or(GroupStopped)?;
-        mailbox.send(Request::Mutate { command, reply }).await.map_err(|_| GroupStopped)
+        self.ask(Request::Propose { command, reply }).await
     }
 
-    /// Proposes a command and waits for its outcome.
-    pub(crate) async fn run(&self, command: Bytes) -> Result<Outcome, GroupStopped> {
-        let (reply, outcome) = oneshot::channel();
+    /// Proposes a command here and waits for its outcome.
+    pub(crate) async fn run(&self, command: Bytes) -> Result<Outcome, RunError> {
+        let (reply, answer) = oneshot::channel();
         self.propose(command, Reply::Once(reply)).await?;
-        outcome.await.map_err(|_| GroupStopped)
+        match answer.await.map_err(|_| GroupStopped)? {
+            Answer::Outcome(outcome) => Ok(outcome),
+            Answer::NotLeader(_) => Err(RunError::NotLeader),
+            Answer::Lost | Answer::Ready | Answer::Changed | Answer::Refused(_) => {
+                Err(RunError::Lost)
+            }
+        }
     }
 
-    /// Waits until the shard can be read and written here.
-    pub(crate) async fn serving(&self) -> Result<(), GroupStopped> {
-        let mut status = self.status.clone();
-        status.wait_for(|status| status.serving).await.map(|_| ()).map_err(|_| GroupStopped)
+    /// Permission to read from this replica's store without asking its peers, if it holds a lease.
+    pub(crate) fn read_permit(&self) -> Option<ReadPermit> {
+        let permit = ReadPermit { lease: Arc::clone(&self.lease) };
+        permit.holds().then_some(permit)
     }
 
-    /// Tells the group that its log is no longer needed up to `index`.
-    pub(crate) fn compacted(&self, index: LogIndex) {
-        if let Some(mailbox) = self.mailbox.upgrade() {
-            // Only memory is at stake, and the next checkpoint says it again.
-            let _ = mailbox.try_send(Request::Compacted(index));
+    /// Waits until a read that starts afterwards sees everything acknowledged before this call.
+    pub(crate) async fn barrier(&self) -> Result<(), RunError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Barrier(Reply::Once(reply))).await?;
+        match answer.await.map_err(|_| GroupStopped)? {
+            Answer::Ready => Ok(()),
+            _ => Err(RunError::NotLeader),
+        }
+    }
+
+    /// Changes who belongs to the group. The answer comes when the change is in force.
+    pub(crate) async fn change_membership(
+        &self,
+        change: MembershipChange,
+    ) -> Result<Answer, GroupStopped> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Change(change, Reply::Once(reply))).await?;
+        answer.await.map_err(|_| GroupStopped)
+    }
+
+    /// How the group stands in detail.
+    pub(crate) async fn details(&self) -> Result<Status, GroupStopped> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(Control::Status(reply)).await?;
+        answer.await.map_err(|_| GroupStopped)
+    }
+
+    /// Hands leadership to another replica, if this one leads.
+    pub(crate) async fn transfer(&self, to: ReplicaId) -> Result<(), GroupStopped> {
+        self.tell(Control::Transfer(to)).await
+    }
+
+    /// A checkpoint is durable.
+    pub(crate) fn checkpointed(&self, applied: LogIndex, term: Term, first_kept: Option<LogIndex>) {
+        // Only memory is at stake, and the next checkpoint says it again.
+        self.try_tell(Control::Checkpointed { applied, term, first_kept });
+    }
+
+    /// A Raft message of a peer, its checksums verified. Dropped when too many wait.
+    pub(crate) fn message(&self, bytes: Bytes) {
+        self.try_tell(Control::Message(bytes));
+    }
+
+    /// The connection to this node broke.
+    pub(crate) fn connection_lost(&self, node: &NodeName) {
+        self.try_tell(Control::ConnectionLost(node.clone()));
+    }
+
+    /// Messages for this peer were dropped.
+    pub(crate) fn unreachable(&self, peer: ReplicaId) {
+        self.try_tell(Control::Unreachable(peer));
+    }
+
+    /// Everything that this snapshot needs is in the store.
+    pub(crate) async fn resync_ready(&self, snapshot: ShardSnapshot) -> Result<(), GroupStopped> {
+        self.tell(Control::ResyncReady(Box::new(snapshot))).await
+    }
+
+    /// The store was switched to the snapshot asked for.
+    pub(crate) async fn installed(&self) -> Result<(), GroupStopped> {
+        self.tell(Control::Installed).await
+    }
+
+    /// Entries read from the log.
+    pub(crate) async fn fetched(
+        &self,
+        first: LogIndex,
+        entries: Vec<nbd_consensus::Entry>,
+    ) -> Result<(), GroupStopped> {
+        self.tell(Control::Fetched { first, entries }).await
+    }
+
+    async fn ask(&self, request: Request) -> Result<(), GroupStopped> {
+        let mailbox = self.mailbox.upgrade().ok_or(GroupStopped)?;
+        mailbox.send(request).await.map_err(|_| GroupStopped)
+    }
+
+    async fn tell(&self, control: Control) -> Result<(), GroupStopped> {
+        let mailbox = self.control.upgrade().ok_or(GroupStopped)?;
+        mailbox.send(control).await.map_err(|_| GroupStopped)
+    }
+
+    fn try_tell(&self, control: Control) {
+        if let Some(mailbox) = self.control.upgrade() {
+            let _ = mailbox.try_send(control);
         }
     }
 }
 
 /// What a group task starts from.
 pub(crate) struct GroupParts {
-    pub(crate) shard: ShardId,
-    pub(crate) group: Group,
-    pub(crate) writer: ShardWriter,
+    pub(crate) node: NodeName,
+    pub(crate) replica_id: ReplicaId,
+    pub(crate) replica: ShardReplica<Reply>,
     pub(crate) reader: ShardReader,
-    /// Where the data of the recovered entries above `applied` lies.
-    pub(crate) positions: VecDeque<(LogIndex, LogPosition)>,
     pub(crate) log: LogHandle,
+    pub(crate) fetcher: LogFetcher,
+    pub(crate) transport: TransportHandle,
+    pub(crate) resync: ResyncHandle,
     pub(crate) failure: Failure,
     /// Time of one Raft tick.
     pub(crate) tick: Duration,
@@ -187,331 +313,271 @@ pub(crate) struct GroupParts {
     pub(crate) abandon: CancellationToken,
 }
 
-/// Makes the task and its handle. The caller spawns the task.
-pub(crate) fn new(parts: GroupParts) -> (GroupTask, GroupHandle, GroupKeeper) {
-    let (mailbox, requests) = mpsc::channel(GROUP_MAILBOX_MAX);
-    let (persisted_tx, persisted) = mpsc::channel(PERSISTED_MAX);
-    let status = watch::Sender::new(status_of(&parts.group));
-    let handle = GroupHandle {
-        shard: parts.shard,
-        mailbox: mailbox.downgrade(),
-        status: status.subscribe(),
-        reader: parts.reader.clone(),
-    };
-    let task = GroupTask {
-        shard: parts.shard,
-        metrics: GroupMetrics::new(parts.shard),
-        group: parts.group,
-        writer: parts.writer,
-        stale_sessions: parts.reader.sessions(),
-        positions: parts.positions,
-        log: parts.log,
-        failure: parts.failure,
-        tick: parts.tick,
-        sole_voter: parts.sole_voter,
-        abandon: parts.abandon,
-        requests,
-        persisted_tx,
-        persisted,
-        appends_in_flight: 0,
-        waiting: VecDeque::new(),
-        proposed: HashMap::new(),
-        next_ticket: 0,
-        status,
-    };
-    (task, handle, GroupKeeper { _mailbox: mailbox })
-}
-
-/// One log entry's worth of commands and who waits for each.
-#[derive(Debug)]
-struct Packed {
-    data: Bytes,
-    replies: Vec<Reply>,
-    since: Instant,
-}
-
-/// Owner of the group and of the shard's writer.
-pub(crate) struct GroupTask {
-    shard: ShardId,
-    group: Group,
-    writer: ShardWriter,
-    /// Sessions that recovery found open, until they are closed.
-    stale_sessions: Vec<SessionInfo>,
-    /// Data positions of entries that are persisted (or recovered) and not yet applied, by index.
-    positions: VecDeque<(LogIndex, LogPosition)>,
-    log: LogHandle,
-    failure: Failure,
-    tick: Duration,
-    sole_voter: bool,
-    abandon: CancellationToken,
+/// The two ends of a group that is not started yet: the node is wired before its shards are formed.
+pub(crate) struct GroupMailbox {
     requests: mpsc::Receiver<Request>,
+    control: mpsc::Receiver<Control>,
+    status: watch::Sender<GroupStatus>,
+    route: watch::Sender<Route>,
+    lease: Arc<LeaseCell>,
+}
+
+/// Makes a group's handle, what keeps it alive, and the mailbox of the task to come.
+pub(crate) fn mailbox(reader: ShardReader) -> (GroupHandle, GroupKeeper, GroupMailbox) {
+    let (mailbox, requests) = mpsc::channel(GROUP_MAILBOX_MAX);
+    let (control_tx, control) = mpsc::channel(GROUP_CONTROL_MAX);
+    let status = watch::Sender::new(GroupStatus {
+        role: Role::Follower,
+        term: Term::ZERO,
+        committed: LogIndex::ZERO,
+        applied: reader.applied(),
+    });
+    let route = watch::Sender::new(Route::default());
+    let lease = Arc::new(LeaseCell::default());
+    let handle = GroupHandle {
+        shard: reader.shard(),
+        mailbox: mailbox.downgrade(),
+        control: control_tx.downgrade(),
+        status: status.subscribe(),
+        route: route.subscribe(),
+        lease: Arc::clone(&lease),
+        reader,
+    };
+    let keeper = GroupKeeper { _mailbox: mailbox, _control: control_tx };
+    (handle, keeper, GroupMailbox { requests, control, status, route, lease })
+}
+
+/// Owner of the replica.
+pub(crate) struct GroupTask {
+    parts: GroupParts,
+    shard: ShardId,
+    handle: GroupHandle,
+    mailbox: GroupMailbox,
     persisted_tx: mpsc::Sender<Persisted>,
     persisted: mpsc::Receiver<Persisted>,
-    /// Log writes with entries that were handed over and not acknowledged.
-    appends_in_flight: usize,
-    /// Entries that the group would not take now, oldest first; proposed again before new ones.
-    waiting: VecDeque<Packed>,
-    /// Entries proposed and not yet applied.
-    proposed: HashMap<Ticket, Packed>,
-    next_ticket: u64,
-    status: watch::Sender<GroupStatus>,
+    /// Members of the group and where they are, from the shard's replicated state.
+    members: Vec<ReplicaInfo>,
+    actions: Actions<Reply>,
+    /// What the route was last made from.
+    routed: Option<(Term, Option<ReplicaId>, bool)>,
     metrics: GroupMetrics,
 }
 
 impl GroupTask {
+    pub(crate) fn new(parts: GroupParts, handle: GroupHandle, mailbox: GroupMailbox) -> Self {
+        let (persisted_tx, persisted) = mpsc::channel(PERSISTED_MAX);
+        let shard = parts.replica.shard();
+        let mut task = Self {
+            shard,
+            handle,
+            mailbox,
+            persisted_tx,
+            persisted,
+            members: Vec::new(),
+            actions: Actions::default(),
+            routed: None,
+            metrics: GroupMetrics::new(shard),
+            parts,
+        };
+        task.learn_members();
+        task
+    }
+
     /// Runs until the last keeper is dropped or the node fails.
     pub(crate) async fn run(mut self) {
-        let _guard = FailOnPanic::new(&self.failure, "group task");
-        let mut clock = tokio::time::interval(self.tick);
+        let _guard = FailOnPanic::new(&self.parts.failure, "group task");
+        let mut clock = tokio::time::interval(self.parts.tick);
         // A pause of the process must not turn into a burst of ticks.
         clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let failure = self.failure.clone();
+        let failure = self.parts.failure.clone();
         let failed = failure.wait();
         tokio::pin!(failed);
         let mut turn = Vec::with_capacity(TURN_REQUESTS_MAX);
-        if self.sole_voter {
-            self.step(Input::Campaign);
+        let mut told = Vec::with_capacity(TURN_CONTROL_MAX);
+        if self.parts.sole_voter {
+            self.step(Event::Campaign);
         }
         loop {
-            let accepting = self.accepting();
+            let accepting = self.parts.replica.accepts_proposals();
             tokio::select! {
                 biased;
-                _ = &mut failed => return,
-                () = self.abandon.cancelled() => return,
-                Some(persisted) = self.persisted.recv() => self.on_persisted(persisted),
-                count = self.requests.recv_many(&mut turn, TURN_REQUESTS_MAX), if accepting => {
+                _ = &mut failed => break,
+                () = self.parts.abandon.cancelled() => break,
+                // Before what may come without end: heartbeats must not wait for it.
+                _ = clock.tick() => self.step(Event::Tick),
+                Some(persisted) = self.persisted.recv() => self.step(Event::Persisted(persisted)),
+                count = self.mailbox.control.recv_many(&mut told, TURN_CONTROL_MAX) => {
                     if count == 0 {
-                        return;
+                        break;
+                    }
+                    for control in told.drain(..) {
+                        self.on_control(control);
+                    }
+                }
+                count = self.mailbox.requests.recv_many(&mut turn, TURN_REQUESTS_MAX),
+                    if accepting => {
+                    if count == 0 {
+                        break;
                     }
                     self.on_requests(&mut turn);
                 }
-                _ = clock.tick() => self.step(Input::Tick),
             }
-            self.propose_waiting();
+        }
+        self.mailbox.lease.0.store(0, Ordering::Release);
+    }
+
+    fn on_control(&mut self, control: Control) {
+        match control {
+            Control::Message(bytes) => self.step(Event::Message(bytes)),
+            Control::ConnectionLost(node) => self.on_connection_lost(&node),
+            Control::Unreachable(peer) => self.step(Event::PeerUnreachable(peer)),
+            Control::Checkpointed { applied, term, first_kept } => {
+                self.step(Event::Checkpointed { applied, term, first_kept });
+            }
+            Control::Fetched { first, entries } => self.step(Event::Fetched { first, entries }),
+            Control::Transfer(to) => {
+                // Before the request can reach the other replica.
+                self.mailbox.lease.0.store(0, Ordering::Release);
+                self.step(Event::TransferLeader(to));
+            }
+            Control::ResyncReady(snapshot) => self.step(Event::ResyncReady(*snapshot)),
+            Control::Installed => self.step(Event::Installed),
+            Control::Status(reply) => {
+                let _ = reply.send(self.parts.replica.status());
+            }
         }
     }
 
-    fn accepting(&self) -> bool {
-        self.status.borrow().role == Role::Leader
-            && self.appends_in_flight < APPENDS_IN_FLIGHT_MAX
-            && self.waiting.is_empty()
-    }
-
-    fn on_persisted(&mut self, persisted: Persisted) {
-        if !persisted.positions.is_empty() {
-            self.appends_in_flight -= 1;
-        }
-        for (index, position) in persisted.positions {
-            // A newer record of an index replaces the older one and all behind it.
-            while self.positions.back().is_some_and(|(last, _)| *last >= index) {
-                self.positions.pop_back();
+    fn on_connection_lost(&mut self, node: &NodeName) {
+        let leader = self.parts.replica.brief().leader;
+        let replicas: Vec<_> =
+            self.members.iter().filter(|member| member.node == *node).map(|m| m.id).collect();
+        for replica in replicas {
+            self.step(Event::PeerUnreachable(replica));
+            if leader == Some(replica) {
+                self.step(Event::LeaderLost);
             }
-            self.positions.push_back((index, position));
         }
-        self.step(Input::Persisted(persisted.ready));
     }
 
     fn on_requests(&mut self, turn: &mut Vec<Request>) {
-        let mut packer = Packer::default();
+        let mut commands = Vec::with_capacity(turn.len());
         for request in turn.drain(..) {
             match request {
-                Request::Mutate { command, reply } => packer.add(command, reply),
-                Request::Compacted(index) => self.step(Input::Compacted(index)),
+                Request::Propose { command, reply } => commands.push((command, reply)),
+                Request::Barrier(reply) => self.step(Event::Barrier(reply)),
+                Request::Change(change, reply) => {
+                    self.step(Event::ChangeMembership(change, reply));
+                }
             }
         }
-        self.waiting.extend(packer.finish());
+        if !commands.is_empty() {
+            self.step(Event::Propose(commands));
+        }
     }
 
-    fn propose_waiting(&mut self) {
-        if self.waiting.is_empty() || self.status.borrow().role != Role::Leader {
-            return;
+    /// Steps the replica and carries out what it asks for.
+    fn step(&mut self, event: Event<Reply>) {
+        self.parts.replica.step(clock::now(), event, &mut self.actions);
+        let actions = std::mem::take(&mut self.actions);
+        if actions.membership_changed {
+            self.learn_members();
         }
-        if self.appends_in_flight >= APPENDS_IN_FLIGHT_MAX {
-            return;
-        }
-        let (mut proposals, mut bytes) = (Vec::new(), 0);
-        while let Some(packed) = self
-            .waiting
-            .pop_front_if(|packed| bytes == 0 || bytes + packed.data.len() <= LOG_BATCH_BYTES_MAX)
-        {
-            bytes += packed.data.len();
-            let ticket = Ticket(self.next_ticket);
-            self.next_ticket += 1;
-            proposals.push(Proposal { ticket, data: packed.data.clone() });
-            self.proposed.insert(ticket, packed);
-        }
-        self.step(Input::Propose(proposals));
-    }
-
-    /// Steps the group and carries out what it asks for.
-    fn step(&mut self, input: Input) {
-        let effects = self.group.step(input);
-        self.carry_out(effects);
-    }
-
-    fn carry_out(&mut self, effects: Effects) {
-        assert!(effects.send_now.is_empty(), "a group of one voter has nobody to send to");
-        for append in effects.appends {
-            if !append.entries.is_empty() {
-                self.appends_in_flight += 1;
-            }
-            self.log.submit(AppendJob {
+        self.parts.transport.send(self.shard, self.parts.replica_id, actions.send);
+        for append in actions.appends {
+            self.parts.log.submit(AppendJob {
                 shard: self.shard,
                 append,
                 queued_at: Instant::now(),
                 persisted: self.persisted_tx.clone(),
             });
         }
-        self.take_back(effects.rejected);
-        let applied = self.apply(effects.apply);
-        if let Some(applied) = applied {
-            let effects = self.group.step(Input::Applied(applied));
-            self.carry_out(effects);
-        } else {
-            self.publish();
+        for (reply, answer) in actions.answers {
+            reply.send(answer);
         }
+        for elapsed in actions.commit_times {
+            self.metrics.commit(elapsed);
+        }
+        for plan in actions.fetch {
+            self.fetch(plan);
+        }
+        if let Some(above) = actions.keep_above {
+            self.parts.log.retain(self.shard, above);
+        }
+        if let Some(offer) = actions.snapshot_offered {
+            self.begin_resync(offer);
+        }
+        if let Some(plan) = actions.install {
+            self.parts.resync.install(plan);
+        }
+        if actions.resync_dropped {
+            self.parts.resync.dropped();
+        }
+        self.publish();
     }
 
-    /// Keeps rejected entries to propose them again, in their order. They cannot take effect twice:
-    /// every reason for a rejection means that the entry is not, and never will be, in the log.
-    fn take_back(&mut self, mut rejected: Vec<(Ticket, RejectReason)>) {
-        rejected.sort_by_key(|(ticket, _)| *ticket);
-        for (ticket, reason) in rejected.into_iter().rev() {
-            assert!(reason != RejectReason::TooLarge, "commands are packed to fit an entry");
-            if let Some(packed) = self.proposed.remove(&ticket) {
-                debug!(shard = %self.shard, ?reason, "a proposal waits");
-                self.waiting.push_front(packed);
-            }
-        }
+    fn fetch(&self, plan: FetchPlan) {
+        self.parts.fetcher.fetch(plan, self.handle.clone());
     }
 
-    /// Applies committed entries and answers their proposers. Returns the last index applied.
-    fn apply(&mut self, committed: Vec<Committed>) -> Option<LogIndex> {
-        let last = committed.last()?.entry.index;
-        for Committed { entry, ticket } in committed {
-            let position = self.take_position(entry.index);
-            // Membership changes are consensus's own affair: to the shard they are an empty entry.
-            let data = match entry.kind {
-                EntryKind::Command => entry.data,
-                EntryKind::ConfChange | EntryKind::ConfChangeV2 => Bytes::new(),
-            };
-            let outcomes = self.writer.apply(entry.index, entry.term, &data, position);
-            let Some(packed) = ticket.and_then(|ticket| self.proposed.remove(&ticket)) else {
-                continue;
-            };
-            self.metrics.commit(packed.since.elapsed());
-            assert_eq!(outcomes.len(), packed.replies.len(), "one outcome a command");
-            for (reply, outcome) in packed.replies.into_iter().zip(outcomes) {
-                reply.send(outcome);
-            }
-        }
-        Some(last)
-    }
-
-    fn take_position(&mut self, index: LogIndex) -> LogPosition {
-        match self.positions.pop_front() {
-            Some((at, position)) if at == index => position,
-            other => panic!("entry {index} is applied but not known to be persisted: {other:?}"),
-        }
-    }
-
-    /// Makes the group's state known, and ends the sessions that a restart cut off once this
-    /// replica serves.
-    fn publish(&mut self) {
-        let before = self.status.borrow().clone();
-        let now = status_of(&self.group);
-        if now == before {
+    fn begin_resync(&self, offer: SnapshotOffer) {
+        let Some(source) = self.members.iter().find(|member| member.id == offer.from) else {
+            warn!(shard = %self.shard, from = %offer.from, "a snapshot from an unknown replica");
             return;
-        }
-        self.metrics.status(&now);
-        self.status.send_replace(now.clone());
-        if now.role != before.role {
-            info!(shard = %self.shard, role = ?now.role, term = %now.term, "role");
-        }
-        if now.serving && !self.stale_sessions.is_empty() {
-            self.end_stale_sessions();
-        }
-    }
-
-    /// Sessions belong to connections of the process that opened them, and none of those outlives
-    /// it: what recovery found open is over.
-    fn end_stale_sessions(&mut self) {
-        let mut packer = Packer::default();
-        for session in std::mem::take(&mut self.stale_sessions) {
-            let close = nbd_store::encode_close_session(session.id, session.epoch);
-            packer.add(close, Reply::Nobody);
-        }
-        self.waiting.extend(packer.finish());
-    }
-}
-
-fn status_of(group: &Group) -> GroupStatus {
-    let status = group.status();
-    GroupStatus {
-        role: status.role,
-        term: status.term,
-        leader: status.leader,
-        committed: status.committed,
-        applied: status.applied,
-        serving: status.serving,
-    }
-}
-
-/// Joins small commands into entries, in order.
-#[derive(Debug, Default)]
-struct Packer {
-    done: Vec<Packed>,
-    commands: Vec<Bytes>,
-    replies: Vec<Reply>,
-    bytes: usize,
-}
-
-impl Packer {
-    fn add(&mut self, command: Bytes, reply: Reply) {
-        if self.bytes + command.len() > ENTRY_PACK_BYTES_MAX {
-            self.seal();
-        }
-        self.bytes += command.len();
-        self.commands.push(command);
-        self.replies.push(reply);
-    }
-
-    fn seal(&mut self) {
-        if self.commands.is_empty() {
-            return;
-        }
-        let data = if self.commands.len() == 1 {
-            self.commands.remove(0)
-        } else {
-            let mut data = BytesMut::with_capacity(self.bytes);
-            for command in self.commands.drain(..) {
-                data.extend_from_slice(&command);
-            }
-            data.freeze()
         };
-        self.bytes = 0;
-        let replies = std::mem::take(&mut self.replies);
-        self.done.push(Packed { data, replies, since: Instant::now() });
+        self.parts.resync.offered(offer, source.clone());
     }
 
-    fn finish(mut self) -> Vec<Packed> {
-        self.seal();
-        self.done
+    /// Looks up who belongs to the group now, and lets the transport know.
+    fn learn_members(&mut self) {
+        self.members = self.parts.reader.replicas();
+        self.routed = None;
+        self.parts.transport.set_peers(self.shard, self.parts.replica_id, &self.members);
+        debug!(shard = %self.shard, members = self.members.len(), "members");
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn small_commands_share_an_entry_and_large_ones_go_alone_in_order() {
-        let mut packer = Packer::default();
-        for len in [10, 20, ENTRY_PACK_BYTES_MAX + 1, 30] {
-            packer.add(Bytes::from(vec![0; len]), Reply::Nobody);
+    /// Makes the replica's state known.
+    fn publish(&mut self) {
+        let brief = self.parts.replica.brief();
+        let lease = self.parts.replica.read_lease().map_or(0, |until| until.0);
+        self.mailbox.lease.0.store(lease, Ordering::Release);
+        let now = GroupStatus {
+            role: brief.role,
+            term: brief.term,
+            committed: brief.committed,
+            applied: brief.applied,
+        };
+        let changed = self.mailbox.status.send_if_modified(|status| {
+            let changed = *status != now;
+            if status.role != now.role {
+                info!(shard = %self.shard, role = ?now.role, term = %now.term, "role");
+            }
+            *status = now.clone();
+            changed
+        });
+        if changed {
+            self.metrics.status(&now);
         }
-        let packed = packer.finish();
-        let lens: Vec<_> = packed.iter().map(|p| (p.data.len(), p.replies.len())).collect();
-        assert_eq!(lens, [(30, 2), (ENTRY_PACK_BYTES_MAX + 1, 1), (30, 1)]);
+        let routed = (brief.term, brief.leader, brief.serving);
+        if self.routed != Some(routed) {
+            self.routed = Some(routed);
+            let leader = brief.leader.and_then(|id| self.leader_at(id));
+            let route = Route { term: brief.term, serving: brief.serving, leader };
+            self.mailbox.route.send_if_modified(|now| {
+                let changed = *now != route;
+                *now = route;
+                changed
+            });
+        }
+    }
+
+    fn leader_at(&self, id: ReplicaId) -> Option<LeaderAt> {
+        let member = self.members.iter().find(|member| member.id == id)?;
+        Some(LeaderAt {
+            replica: id,
+            node: member.node.clone(),
+            grpc: member.addresses.grpc.clone(),
+            local: id == self.parts.replica_id,
+        })
     }
 }

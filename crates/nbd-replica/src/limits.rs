@@ -55,17 +55,15 @@ pub(crate) const STALL_POLL: Duration = Duration::from_millis(500);
 /// Proposals waiting for a group to take them in. Behind it, connections wait with theirs.
 pub(crate) const GROUP_MAILBOX_MAX: usize = 1024;
 
-/// Log writes a group may have handed to the log thread and not seen finished. Two: one being
-/// written and one waiting behind it; what arrives meanwhile is packed into fewer, larger entries.
-pub(crate) const APPENDS_IN_FLIGHT_MAX: usize = 2;
+/// What the node tells a group (messages of peers, most of all) and it has not taken in. Past it
+/// messages are dropped, as if the network had lost them. 4096: a leader's whole window for one
+/// follower many times over, and no more than a few MiB of small ones; messages with entries are
+/// bounded by what the leader sends ahead.
+pub(crate) const GROUP_CONTROL_MAX: usize = 4096;
 
 /// Jobs waiting for the log thread, over all groups of the node. Each group has at most
-/// [`APPENDS_IN_FLIGHT_MAX`] and a few that only carry a hard state.
-pub(crate) const LOG_QUEUE_MAX: usize = 4096;
-
-/// Commands are packed into one log entry up to this many bytes. Larger commands go alone and are
-/// never copied. Half of raft's message size, so that packing never makes a message of its own.
-pub(crate) const ENTRY_PACK_BYTES_MAX: usize = 128 << 10;
+/// [`nbd_shard::limits::APPENDS_OUTSTANDING_MAX`]; a node hosts at most a few dozen that are busy.
+pub(crate) const LOG_QUEUE_MAX: usize = 65_536;
 
 /// Bytes of entries the log thread joins into one durable write.
 pub(crate) const LOG_BATCH_BYTES_MAX: usize = 4 << 20;

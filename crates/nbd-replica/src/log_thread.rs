@@ -11,10 +11,13 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nbd_consensus::{Append, EntryKind as RaftKind, ReadyNumber};
+use nbd_consensus::Append;
+use nbd_log::checksum::crc32c;
 use nbd_log::log::{
-    AppendError, EntryKind, EntryRecord, HardState, LogPosition, LogWriter, Record, SegmentPool,
+    AppendError, EntryRecord, HardState, LogPosition, LogWriter, Record, SegmentPool,
 };
+use nbd_shard::{Persisted, log_kind};
+use nbd_store::EntryPlace;
 use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -43,18 +46,11 @@ pub(crate) struct AppendJob {
     pub(crate) persisted: mpsc::Sender<Persisted>,
 }
 
-/// One ready of a group is on stable storage, together with all earlier ones.
-#[derive(Debug)]
-pub(crate) struct Persisted {
-    pub(crate) ready: ReadyNumber,
-    /// Where the data of each entry of the ready lies, in index order.
-    pub(crate) positions: Vec<(LogIndex, LogPosition)>,
-}
-
 /// Sends work to the log thread. The thread ends when all handles are dropped.
 #[derive(Debug, Clone)]
 pub(crate) struct LogHandle {
     jobs: SyncSender<AppendJob>,
+    segments: Arc<SegmentPool>,
 }
 
 impl LogHandle {
@@ -66,6 +62,11 @@ impl LogHandle {
         if let Err(TrySendError::Full(job)) = self.jobs.try_send(job) {
             panic!("the group of shard {} broke its bound on log writes", job.shard);
         }
+    }
+
+    /// Entries of `shard` above this index are worth keeping for its followers.
+    pub(crate) fn retain(&self, shard: ShardId, above: LogIndex) {
+        self.segments.retain(shard, above);
     }
 }
 
@@ -79,9 +80,10 @@ pub(crate) fn spawn(
 ) -> std::io::Result<(LogHandle, thread::JoinHandle<()>)> {
     let (jobs, queue) = sync_channel(LOG_QUEUE_MAX);
     let metrics = LogMetrics::new();
+    let handle = LogHandle { jobs, segments: Arc::clone(&segments) };
     let worker = LogThread { writer, segments, checkpoints, failure, abandon, metrics };
     let thread = thread::Builder::new().name("log".into()).spawn(move || worker.run(&queue))?;
-    Ok((LogHandle { jobs }, thread))
+    Ok((handle, thread))
 }
 
 struct LogThread {
@@ -149,18 +151,18 @@ impl LogThread {
             if job.append.hard_state.is_some() {
                 positions.next();
             }
-            let of_entries = job
-                .append
-                .entries
-                .iter()
-                .map(|entry| entry.index)
-                .zip(positions.by_ref())
-                .collect();
+            let place = |(entry, position): (&nbd_consensus::Entry, LogPosition)| EntryPlace {
+                index: entry.index,
+                term: entry.term,
+                kind: log_kind(entry.kind),
+                position,
+                len: entry.data.len(),
+                crc: crc32c(&entry.data),
+            };
+            let places = job.append.entries.iter().zip(positions.by_ref()).map(place).collect();
             self.metrics.append(now.saturating_duration_since(job.queued_at));
             // A group that is gone needs no answer; a live one never waits for this thread.
-            let _ = job
-                .persisted
-                .blocking_send(Persisted { ready: job.append.ready, positions: of_entries });
+            let _ = job.persisted.blocking_send(Persisted { ready: job.append.ready, places });
         }
     }
 
@@ -202,11 +204,7 @@ fn records(batch: &[AppendJob]) -> Vec<Record<'_>> {
                 shard: job.shard,
                 index: entry.index,
                 term: entry.term,
-                kind: match entry.kind {
-                    RaftKind::Command => EntryKind::Command,
-                    RaftKind::ConfChange => EntryKind::ConfChange,
-                    RaftKind::ConfChangeV2 => EntryKind::ConfChangeV2,
-                },
+                kind: log_kind(entry.kind),
                 data: &entry.data,
             })
         }));

@@ -1,1 +1,34 @@
-//! One replica of a shard as a pure step function.
+//! One replica of a shard as a pure step function: consensus, state machine, proposals and reads.
+//!
+//! It joins [`nbd_consensus::Group`] and [`nbd_store::ShardWriter`], and knows of their clocks,
+//! sockets, threads and disks only what it is told. The replica service steps it from a task, the
+//! simulation from its scheduler; both run the same code.
+//!
+//! ```text
+//!  Propose, Barrier ──────▶ ┌──────────────┐ ──▶ appends      log thread ──▶ Persisted stepped
+//!  Message, Tick ─────────▶ │ ShardReplica │ ──▶ send         transport
+//!  Persisted, Fetched ────▶ │   Group      │ ──▶ answers      sessions, health
+//!  Checkpointed ──────────▶ │   writer     │ ──▶ fetch        log reader ──▶ Fetched stepped
+//!  ResyncReady, Installed ▶ └──────────────┘ ──▶ install      checkpoint thread ──▶ Installed
+//! ```
+//!
+//! **Invariants.** What is committed is applied within the same step, in order. A message that
+//! promises durability is handed out only after the [`Persisted`] of its append was stepped. Each
+//! thing asked for is answered once, unless the replica is dropped.
+//!
+//! - [`replica`]: the owner of the state. [`event`]: the vocabulary.
+//! - `recovered`: from what the store found to a running group. `places`: where entries lie in the
+//!   node's log. `packer`: small commands share an entry.
+//! - [`limits`]: every bound, by name.
+
+pub mod event;
+pub mod limits;
+pub mod replica;
+
+mod packer;
+mod places;
+mod recovered;
+
+pub use event::{Actions, Answer, Event, FetchPlan, InstallPlan, Persisted};
+pub use recovered::{log_kind, raft_kind};
+pub use replica::ShardReplica;

@@ -11,7 +11,7 @@
 //!  32                40                 48              56              64
 //!  | seq (u64)       | volume (u64)     | offset (u64)  | length (u64)  | ...
 //!  +-----------------+------------------+---------------+---------------+
-//!  64: fragment count x u32 CRC32C (Write), then the payload (Write) or the body (CreateVolume)
+//!  64: fragment count x u32 CRC32C (Write), then the payload (Write) or the body
 //! ```
 //!
 //! `length` at 0 counts the whole command. A fragment is one piece of `[offset, offset + length)`
@@ -23,21 +23,24 @@
 //! | 1 Write | yes | yes | range | fragment CRCs, payload |
 //! | 2 Trim | yes | yes | range | |
 //! | 3 WriteZeroes (flag 1: NO_HOLE) | yes | yes | range | |
-//! | 4 OpenSession | session, epoch | yes | 0 | |
+//! | 4 OpenSession | session, epoch | yes | owner: node, incarnation | |
 //! | 5 CloseSession | session, epoch | 0 | 0 | |
 //! | 6 CreateVolume | 0 | 0 | length = size | u16 name bytes, u16 description bytes, name, description |
 //! | 7 AddCounter | 0 | 0 | length = i64 to add | |
+//! | 8 EndSessions | 0 | 0 | owner: node, incarnation | |
+//! | 9 RegisterReplica | 0 | 0 | 0 | u128 directory, then texts as in [`crate::members`] |
 
 use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use nbd_log::checksum::crc32c;
 
-use crate::ids::{Epoch, SessionId, VolumeId};
+use crate::ids::{Epoch, Owner, SessionId, VolumeId};
 use crate::limits::{
     BLOCK_BYTES, DESCRIPTION_BYTES_MAX, FRAGMENTS_MAX, MUTATION_BYTES_MAX, VOLUME_NAME_BYTES_MAX,
     to_usize,
 };
+use crate::members::{ReplicaRegistration, encode_registration};
 
 /// Bytes of a command before its checksums, payload or body.
 pub const COMMAND_HEADER_BYTES: usize = 64;
@@ -63,6 +66,10 @@ pub enum CommandKind {
     CreateVolume = 6,
     /// Adds to the shard's counter.
     AddCounter = 7,
+    /// Ends the sessions that earlier lives of a node have left.
+    EndSessions = 8,
+    /// Makes a replica known, so that it can become a member.
+    RegisterReplica = 9,
 }
 
 impl CommandKind {
@@ -75,6 +82,8 @@ impl CommandKind {
             5 => Self::CloseSession,
             6 => Self::CreateVolume,
             7 => Self::AddCounter,
+            8 => Self::EndSessions,
+            9 => Self::RegisterReplica,
             _ => return None,
         })
     }
@@ -95,9 +104,10 @@ pub struct CommandHeader {
     pub seq: u64,
     /// The volume meant.
     pub volume: VolumeId,
-    /// First byte of the range.
+    /// First byte of the range; the owner's node for `OpenSession` and `EndSessions`.
     pub offset: u64,
-    /// Bytes in the range; the size for `CreateVolume`; the addend for `AddCounter`.
+    /// Bytes in the range; the size for `CreateVolume`; the addend for `AddCounter`; the owner's
+    /// incarnation for `OpenSession` and `EndSessions`.
     pub length: u64,
 }
 
@@ -245,7 +255,8 @@ fn check_lengths(header: &CommandHeader, fragments: u64, body: u64) -> Result<()
         }
         return Ok(());
     }
-    if fragments != 0 || (body != 0 && header.kind != CommandKind::CreateVolume) {
+    let has_body = matches!(header.kind, CommandKind::CreateVolume | CommandKind::RegisterReplica);
+    if fragments != 0 || (body != 0 && !has_body) {
         return Err(CommandError::BadLength);
     }
     Ok(())
@@ -422,9 +433,14 @@ pub fn encode_write_zeroes(
     encode_header_only(&header)
 }
 
-/// Opens `session` on `volume`, or resumes it when `epoch` is higher than the one it has.
+/// Opens `session` on `volume` when `epoch` is 1, else resumes it.
 #[must_use]
-pub fn encode_open_session(session: SessionId, epoch: Epoch, volume: VolumeId) -> Bytes {
+pub fn encode_open_session(
+    session: SessionId,
+    epoch: Epoch,
+    volume: VolumeId,
+    owner: Owner,
+) -> Bytes {
     encode_header_only(&CommandHeader {
         kind: CommandKind::OpenSession,
         no_hole: false,
@@ -432,8 +448,8 @@ pub fn encode_open_session(session: SessionId, epoch: Epoch, volume: VolumeId) -
         epoch,
         seq: 0,
         volume,
-        offset: 0,
-        length: 0,
+        offset: owner.node,
+        length: owner.incarnation,
     })
 }
 
@@ -488,6 +504,30 @@ pub fn encode_create_volume(
 #[must_use]
 pub fn encode_add_counter(addend: i64) -> Bytes {
     encode_header_only(&metadata_header(CommandKind::AddCounter, addend.cast_unsigned()))
+}
+
+/// Ends all sessions of `owner.node` that another incarnation than `owner.incarnation` holds.
+#[must_use]
+pub fn encode_end_sessions(owner: Owner) -> Bytes {
+    let mut header = metadata_header(CommandKind::EndSessions, owner.incarnation);
+    header.offset = owner.node;
+    encode_header_only(&header)
+}
+
+/// Makes a replica known.
+///
+/// # Errors
+/// [`CommandError::BadName`] when an address is too long.
+pub fn encode_register_replica(new: &ReplicaRegistration) -> Result<Bytes, CommandError> {
+    if !new.addresses.is_bounded() {
+        return Err(CommandError::BadName);
+    }
+    let header = metadata_header(CommandKind::RegisterReplica, 0);
+    let body = encode_registration(new);
+    let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
+    put_header(&mut out, &header, 0, COMMAND_HEADER_BYTES + body.len());
+    out.put_slice(&body);
+    Ok(out.freeze())
 }
 
 const fn metadata_header(kind: CommandKind, length: u64) -> CommandHeader {

@@ -21,7 +21,16 @@ pub struct Epoch(pub u32);
 
 /// Place of a chunk in its volume: byte offset / 64 KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ChunkIndex(pub(crate) u64);
+pub struct ChunkIndex(pub u64);
+
+/// Who holds a session open: one life of one node's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Owner {
+    /// The node: XXH3-64 of its name.
+    pub node: u64,
+    /// Tells this life of the node's process from earlier ones.
+    pub incarnation: u64,
+}
 
 impl VolumeId {
     /// The `number`-th volume of `shard`.
@@ -39,6 +48,11 @@ impl VolumeId {
     pub const fn shard(self) -> ShardId {
         ShardId((self.0 >> 32) as u32)
     }
+}
+
+impl Epoch {
+    /// The epoch that a session is opened with.
+    pub const FIRST: Self = Self(1);
 }
 
 impl SessionId {

@@ -18,6 +18,7 @@
 //! - `shard`: the state machine, [`ShardWriter`], [`ShardReader`], [`ReadPlan`].
 //! - `chunk`: chunks at home: the metadata database, slots.
 //! - [`checkpoint`]: bringing changes home, and the rules that make it safe.
+//! - [`members`]: the replicas of a shard; [`transfer`]: what they send each other.
 //! - [`space`]: whether there is room for a mutation.
 //! - [`limits`]: every bound, by name.
 //!
@@ -29,32 +30,43 @@ pub mod checkpoint;
 mod chunk;
 pub mod command;
 mod dirty;
+mod fault;
 #[cfg(test)]
 mod golden;
 pub mod identity;
 pub mod ids;
 pub mod limits;
+pub mod members;
 pub mod node;
 pub mod outcome;
 mod overlay;
 pub mod recovery;
 mod shard;
 pub mod space;
+pub mod transfer;
 
 pub use checkpoint::{CheckpointError, CheckpointGauge, CheckpointReport, Checkpointer};
 pub use chunk::database::MetadataError;
+pub use chunk::meta::ChunkKey;
 pub use command::{
     CommandError, CommandHeader, CommandKind, DecodedCommand, WriteBuilder, decode_all,
-    encode_add_counter, encode_close_session, encode_create_volume, encode_open_session,
-    encode_trim, encode_write, encode_write_zeroes, write_command_prefix_len,
+    encode_add_counter, encode_close_session, encode_create_volume, encode_end_sessions,
+    encode_open_session, encode_register_replica, encode_trim, encode_write, encode_write_zeroes,
+    write_command_prefix_len,
 };
+pub use fault::StoreFault;
 pub use identity::{Identity, IdentityError};
-pub use ids::{Epoch, SessionId, VolumeId};
+pub use ids::{ChunkIndex, Epoch, Owner, SessionId, VolumeId};
+pub use members::{Formation, ReplicaAddresses, ReplicaInfo, ReplicaRegistration};
 pub use node::{NodeStore, OpenError, RecoveredShard, StoreOptions};
 pub use outcome::{Outcome, Rejection, SessionInfo, VolumeInfo};
-pub use recovery::{MissingEntries, RaftRecovered, TailEntry};
-pub use shard::ShardWriter;
+pub use recovery::{EntryPlace, MissingEntries, RaftRecovered, TailEntry};
 pub use shard::plan::{Place, ReadError, ReadPlan, Segment};
 pub use shard::reader::ShardReader;
 pub use shard::status::{BlockStatus, Extent};
+pub use shard::{Applied, ShardWriter};
 pub use space::{Admission, AdmissionKind, SpaceGauge, SpaceGrant};
+pub use transfer::{
+    ChunkDigest, ChunkImage, ChunkRun, ChunkStamp, DamagedChunk, FormError, ManifestPage,
+    RangeDigest, ReceiveError, ScrubPage, ShardSnapshot,
+};

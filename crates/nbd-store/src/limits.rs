@@ -45,6 +45,21 @@ pub const SESSIONS_MAX: usize = 65_536;
 /// newest one applied is out of the window and is refused.
 pub const SESSION_WINDOW: u64 = 256;
 
+/// Longest address of a replica's node, in bytes: a host name and a port.
+pub const ADDRESS_BYTES_MAX: usize = 300;
+
+/// Replicas known in one shard, members and those about to be.
+pub const REPLICAS_KNOWN_MAX: usize = 64;
+
+/// Chunks of the largest volume.
+pub const CHUNKS_PER_VOLUME_MAX: u64 = VOLUME_BYTES_MAX / CHUNK_BYTES;
+
+/// Chunks that one digest of replicas' content stands for: 64 MiB.
+pub const DIGEST_CHUNKS: u64 = 1024;
+
+/// Chunks that one page of a manifest, of digests, or of a scrub walks over at most.
+pub const PAGE_CHUNKS_MAX: usize = 16_384;
+
 /// Payload that the checkpointer holds in memory and writes at a time, in bytes.
 pub const CHECKPOINT_BATCH_BYTES: u64 = 8 * 1024 * 1024;
 

@@ -18,7 +18,7 @@ use nbd_log::log::{
     HardState, Log, LogOpenError, LogOptions, LogPosition, LogReadError, LogReader, LogWriter,
     ScannedRecord, SegmentPool,
 };
-use nbd_topology::{ClusterName, NodeName, ShardId};
+use nbd_topology::{ClusterName, MembershipChange, NodeName, ShardId};
 use parking_lot::RwLock;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -29,8 +29,10 @@ use crate::chunk::database::{self, Contents, Database, MetadataError};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
 use crate::dirty::DirtyLog;
+use crate::fault::{Faults, StoreFault};
 use crate::identity::{Identity, IdentityError, LOCK_FILE};
 use crate::limits::CHUNK_BYTES;
+use crate::members::Formation;
 use crate::outcome::VolumeInfo;
 use crate::overlay::Overlay;
 use crate::recovery::{MissingEntries, RaftRecovered, ReplayError, ShardScan};
@@ -65,6 +67,11 @@ pub struct StoreOptions {
     pub meta_cache_bytes: usize,
     /// Bytes of disk that new chunks never take. At least 4 MiB is kept whatever is given.
     pub space_reserve_bytes: u64,
+    /// Reads what the data of a membership entry says, for entries that are replayed; `None` if it
+    /// changes nothing.
+    pub decode_change: fn(&[u8]) -> Option<MembershipChange>,
+    /// A rule to be broken on purpose. There are none without the feature `planted-faults`.
+    pub fault: Option<StoreFault>,
     /// Seed of everything random: the directory's id and the nonces of log segments. Draw it from
     /// the system.
     pub rng_seed: [u8; 32],
@@ -75,6 +82,9 @@ pub struct StoreOptions {
 pub struct RecoveredShard {
     /// Which one.
     pub shard: ShardId,
+    /// Its members as of the last entry applied, and which of them this replica is. `None`: the
+    /// shard was never formed here, see [`Checkpointer::form`].
+    pub formation: Option<Formation>,
     /// Applies its entries.
     pub writer: ShardWriter,
     /// Reads its volumes.
@@ -204,10 +214,12 @@ impl NodeStore {
             let metadata = metadata.remove(&id).expect("checked against the list");
             let state = ShardState {
                 shard: id,
+                replica: records[&id].replica,
                 metadata,
                 active: Overlay::default(),
                 frozen: None,
                 pin: Pin::new(&gate),
+                faults: Faults(options.fault),
             };
             let shard = Arc::new(Shard {
                 id,
@@ -219,9 +231,10 @@ impl NodeStore {
             });
             let scan = scans.remove(&id).expect("one for each shard");
             let mut writer = ShardWriter::new(Arc::clone(&shard));
-            let raft = scan.replay(&mut writer, &log_reader)?;
+            let raft = scan.replay(&mut writer, &log_reader, options.decode_change)?;
             let reader = ShardReader::new(Arc::clone(&shard));
-            shards.push(RecoveredShard { shard: id, writer, reader, raft });
+            let formation = reader.formation();
+            shards.push(RecoveredShard { shard: id, formation, writer, reader, raft });
             shared.push(shard);
         }
         let checkpointer = Checkpointer::new(CheckpointerParts {
@@ -236,6 +249,7 @@ impl NodeStore {
             dirty,
             space: Arc::clone(&space),
             log_bytes: options.checkpoint_log_bytes,
+            faults: Faults(options.fault),
         });
         Ok(Self { log, log_reader, segments, checkpointer, shards, space, identity, lock })
     }
@@ -311,17 +325,21 @@ impl Home {
             txn.abort().map_err(MetadataError::from)?;
         }
         let covered = self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
-        segments.free_through(&covered);
+        segments.cover(&covered, &segments.hard_states());
         Ok(())
     }
 }
 
 /// Sorts the database's contents by shard.
 fn metadata_of(contents: Contents) -> Result<BTreeMap<ShardId, Metadata>, MetadataError> {
-    let Contents { shards, volumes, sessions } = contents;
+    let Contents { shards, members, volumes, sessions } = contents;
     let mut all: BTreeMap<ShardId, Metadata> =
         shards.iter().map(|(id, record)| (*id, Metadata::of_record(record))).collect();
     let stray = |table| move || MetadataError::Damaged { table };
+    for (shard, members) in members {
+        let metadata = all.get_mut(&shard).ok_or_else(stray("members"))?;
+        metadata.members = Arc::new(members);
+    }
     for volume in volumes {
         let VolumeInfo { id, .. } = &volume;
         let metadata = all.get_mut(&id.shard()).ok_or_else(stray("volumes"))?;

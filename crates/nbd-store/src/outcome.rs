@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::ids::{Epoch, SessionId, VolumeId};
+use crate::ids::{Epoch, Owner, SessionId, VolumeId};
+use crate::members::ReplicaInfo;
 
 /// A volume as its creator described it. Cloning copies two pointers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct SessionInfo {
     pub epoch: Epoch,
     /// The volume it is attached to.
     pub volume: VolumeId,
+    /// Who opened it, or resumed it last.
+    pub owner: Owner,
 }
 
 /// The verdict on one command: the same on every replica, for it comes from the log alone.
@@ -41,6 +44,10 @@ pub enum Outcome {
     SessionOpened,
     /// The session is gone.
     SessionClosed,
+    /// So many sessions of an earlier life of a node were ended.
+    SessionsEnded(u32),
+    /// The replica is known, by this id.
+    ReplicaRegistered(ReplicaInfo),
     /// The counter's new value.
     Counter(i64),
     /// Nothing changed.
@@ -63,8 +70,8 @@ pub enum Rejection {
     /// The range does not end within the volume.
     #[error("range past the end of the volume")]
     PastEnd = 4,
-    /// As many volumes or sessions as a shard may have.
-    #[error("too many volumes or sessions")]
+    /// As many volumes, sessions or replicas as a shard may have.
+    #[error("too many volumes, sessions or replicas")]
     LimitReached = 5,
     /// Not a command of this version, a size or name out of bounds, a mutation of another volume
     /// than the session's, or a sequence number behind the session's window.

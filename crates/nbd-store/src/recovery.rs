@@ -1,22 +1,25 @@
 //! What a scan of the log says of each shard.
 //!
 //! ```text
-//!   entries:  checkpoint's applied | replayed now | tail
-//!             ─────────────────────┼──────────────┼──────────▶ index
-//!             home; ignored here   │ up to commit │ may yet be superseded
+//!   entries:  kept for followers | replayed now | tail
+//!             ───────────────────┼──────────────┼──────────▶ index
+//!             home already, up   │ up to commit │ may yet be superseded
+//!             to the checkpoint's applied index
 //! ```
 //!
 //! The newest record of an index counts, and makes what was above it void: records are seen in the
-//! order of writing, so an entry at an index cuts off everything from that index on.
+//! order of writing, so an entry at an index cuts off everything from that index on. Entries before
+//! the shard's log floor are void from the start: a snapshot took their place.
 
 use bytes::{Bytes, BytesMut};
+use nbd_log::checksum::crc32c;
 use nbd_log::log::{EntryKind, HardState, LogPosition, LogReadError, LogReader, ScannedEntry};
-use nbd_topology::{LogIndex, ShardId, Term};
+use nbd_topology::{LogIndex, Membership, MembershipChange, ShardId, Term};
 
 use crate::checkpoint::newer_vote;
 use crate::chunk::record::ShardRecord;
 use crate::limits::to_usize;
-use crate::shard::ShardWriter;
+use crate::shard::{Applied, ShardWriter};
 
 /// Entry that Raft has not been told to be committed, or not yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,17 +36,40 @@ pub struct TailEntry {
     pub position: LogPosition,
 }
 
+/// Where an entry lies, so that it can be sent to followers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EntryPlace {
+    /// Its place in the group's log.
+    pub index: LogIndex,
+    /// The term of the leader that made it.
+    pub term: Term,
+    /// What its data means to Raft.
+    pub kind: EntryKind,
+    /// Where its data begins in the log.
+    pub position: LogPosition,
+    /// Bytes of its data.
+    pub len: usize,
+    /// CRC32C of all its data: what is read back for a follower is what was logged.
+    pub crc: u32,
+}
+
 /// What Raft needs to go on where it was.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RaftRecovered {
     /// Newest term and vote on disk; `commit >= applied`.
     pub hard_state: HardState,
+    /// The group's members as of `applied`.
+    pub membership: Membership,
     /// Last entry that the state machine has applied.
     pub applied: LogIndex,
-    /// Last entry, and its term, that is not in the log any more as far as Raft is concerned.
+    /// Last entry, and its term, that is not in the log any more as far as Raft is concerned. May
+    /// lie below what the checkpoint covers.
     pub compacted: (LogIndex, Term),
     /// Term of every entry behind `compacted`, up to the last one.
     pub terms: Vec<Term>,
+    /// Every entry behind `compacted`, up to the last one. Those up to the checkpoint's index stay
+    /// only as long as [`nbd_log::log::SegmentPool`] keeps them.
+    pub kept: Vec<EntryPlace>,
     /// Entries behind `applied`.
     pub tail: Vec<TailEntry>,
 }
@@ -62,24 +88,21 @@ pub struct MissingEntries {
     pub found: LogIndex,
 }
 
-/// Where an entry lies.
-#[derive(Debug, Clone, Copy)]
-struct Found {
-    term: Term,
-    kind: EntryKind,
-    position: LogPosition,
-    len: usize,
-}
-
 /// Collects the records of one shard.
 #[derive(Debug)]
 pub(crate) struct ShardScan {
     shard: ShardId,
     checkpoint: ShardRecord,
-    /// Entries behind the checkpoint's applied index, without a gap.
-    entries: Vec<Found>,
+    /// Entries without a gap. The first lies at most one behind the checkpoint's applied index.
+    entries: Vec<EntryPlace>,
     hard_state: Option<HardState>,
     missing: Option<MissingEntries>,
+}
+
+/// What Raft's log begins behind, and the entries from there on.
+struct Kept {
+    compacted: (LogIndex, Term),
+    entries: Vec<EntryPlace>,
 }
 
 impl ShardScan {
@@ -88,8 +111,10 @@ impl ShardScan {
         Self { shard, checkpoint, entries: Vec::new(), hard_state: None, missing: None }
     }
 
+    /// The last entry that is known of.
     fn last(&self) -> LogIndex {
-        LogIndex(self.checkpoint.applied.0 + self.entries.len() as u64)
+        let applied = self.checkpoint.applied;
+        self.entries.last().map_or(applied, |entry| entry.index.max(applied))
     }
 
     /// A hard state: the last one counts.
@@ -99,24 +124,29 @@ impl ShardScan {
 
     /// An entry: it voids what was at its index and above.
     pub(crate) fn see_entry(&mut self, entry: &ScannedEntry<'_>, position: LogPosition) {
-        let Some(nth) = entry.index.0.checked_sub(self.checkpoint.applied.0 + 1) else {
-            // Home already. What came after it in an older term is void all the same.
-            self.entries.clear();
+        if position < self.checkpoint.log_floor {
             return;
-        };
-        if nth > self.entries.len() as u64 {
+        }
+        let next = self.entries.last().map(|last| last.index.next());
+        if next.is_none_or(|next| entry.index > next) && entry.index > self.last().next() {
             let (shard, expected, found) = (self.shard, self.last().next(), entry.index);
             self.missing.get_or_insert(MissingEntries { shard, expected, found });
             return;
         }
-        self.entries.truncate(to_usize(nth));
-        let len = entry.data.len();
-        self.entries.push(Found { term: entry.term, kind: entry.kind, position, len });
+        match self.entries.first().and_then(|first| entry.index.0.checked_sub(first.index.0)) {
+            Some(nth) if nth <= self.entries.len() as u64 => self.entries.truncate(to_usize(nth)),
+            // Everything so far is void, or of no use: home already, and with a gap behind it.
+            _ => self.entries.clear(),
+        }
+        let (index, term, kind, len) = (entry.index, entry.term, entry.kind, entry.data.len());
+        let crc = crc32c(entry.data);
+        self.entries.push(EntryPlace { index, term, kind, position, len, crc });
     }
 
     /// Where the first entry to be replayed lies.
     pub(crate) fn first_position(&self) -> Option<LogPosition> {
-        self.entries.first().map(|entry| entry.position)
+        let mut entries = self.entries.iter();
+        entries.find(|entry| entry.index > self.checkpoint.applied).map(|entry| entry.position)
     }
 
     /// The hard state to go on with, once all records were seen.
@@ -140,33 +170,65 @@ impl ShardScan {
         Ok(hard_state)
     }
 
+    /// What Raft's log is to be.
+    fn kept(&mut self) -> Kept {
+        let ShardRecord { applied, applied_term, .. } = self.checkpoint;
+        let mut entries = std::mem::take(&mut self.entries);
+        if entries.last().is_some_and(|last| last.index < applied) {
+            // They do not reach what the checkpoint covers.
+            entries.clear();
+        }
+        let compacted = match entries.first() {
+            None => (applied, applied_term),
+            Some(first) if first.index == applied.next() => (applied, applied_term),
+            Some(first) if first.index == LogIndex::ZERO.next() => (LogIndex::ZERO, Term::ZERO),
+            // Nothing tells the term of the entry before the first: the first takes its part.
+            Some(first) => {
+                let compacted = (first.index, first.term);
+                entries.remove(0);
+                compacted
+            }
+        };
+        Kept { compacted, entries }
+    }
+
     /// Replays what is committed, and hands the rest to Raft.
     pub(crate) fn replay(
-        self,
+        mut self,
         writer: &mut ShardWriter,
         log: &LogReader,
+        decode_change: DecodeChange,
     ) -> Result<RaftRecovered, ReplayError> {
         let hard_state = self.hard_state()?;
-        let compacted = (self.checkpoint.applied, self.checkpoint.applied_term);
+        let Kept { compacted, entries: kept } = self.kept();
         let mut tail = Vec::new();
-        let mut index = compacted.0;
-        for entry in &self.entries {
-            index = index.next();
-            let mut data = BytesMut::zeroed(entry.len);
-            log.read(entry.position, &mut data)?;
-            let (data, Found { term, kind, position, .. }) = (data.freeze(), *entry);
+        for entry in kept.iter().filter(|entry| entry.index > self.checkpoint.applied) {
+            let EntryPlace { index, term, kind, position, len, .. } = *entry;
+            let mut data = BytesMut::zeroed(len);
+            log.read(position, &mut data)?;
+            let data = data.freeze();
             if index > hard_state.commit {
                 tail.push(TailEntry { index, term, kind, data, position });
-            } else {
-                let data = if kind == EntryKind::Command { data } else { Bytes::new() };
-                // The outcomes were answered, or will be asked for again.
-                let _outcomes = writer.apply(index, term, &data, position);
+                continue;
             }
+            let applied = match kind {
+                EntryKind::Command if data.is_empty() => Applied::Empty,
+                EntryKind::Command => Applied::Command(&data),
+                EntryKind::ConfChange | EntryKind::ConfChangeV2 => {
+                    decode_change(&data).map_or(Applied::Empty, Applied::Membership)
+                }
+            };
+            // The outcomes were answered, or will be asked for again.
+            let _outcomes = writer.apply(index, term, applied, position);
         }
-        let terms = self.entries.iter().map(|entry| entry.term).collect();
-        Ok(RaftRecovered { hard_state, applied: hard_state.commit, compacted, terms, tail })
+        let (applied, membership) = (hard_state.commit, writer.membership());
+        let terms = kept.iter().map(|entry| entry.term).collect();
+        Ok(RaftRecovered { hard_state, membership, applied, compacted, terms, kept, tail })
     }
 }
+
+/// Reads what a membership entry says; `None` if it changes nothing.
+pub(crate) type DecodeChange = fn(&[u8]) -> Option<MembershipChange>;
 
 /// Why a shard cannot go on.
 #[derive(Debug, thiserror::Error)]

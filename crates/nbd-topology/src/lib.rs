@@ -7,13 +7,16 @@
 //!
 //! - [`ids`]: [`ShardId`], [`ReplicaId`], [`NodeName`], [`ClusterName`], and Raft's [`LogIndex`]
 //!   and [`Term`], shared by the crates that store them and the one that decides on them.
+//! - [`membership`]: [`Membership`], voters and learners of a group, and [`MembershipChange`].
 //! - [`placement`][]: [`shard_of`].
 //! - [`shard_map`]: [`ShardMap`], the nodes of each shard.
 
 pub mod ids;
+pub mod membership;
 pub mod placement;
 pub mod shard_map;
 
 pub use ids::{ClusterName, InvalidName, LogIndex, NodeName, ReplicaId, ShardId, Term};
+pub use membership::{Membership, MembershipChange};
 pub use placement::{DEFAULT_VOLUME_NAME, shard_of};
 pub use shard_map::{ShardMap, ShardMapError};

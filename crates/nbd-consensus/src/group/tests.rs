@@ -2,17 +2,33 @@
 //! several replicas together are in `tests/three_replicas.rs`.
 
 use super::*;
-use crate::effect::Role;
-use crate::input::{EntryKind, ReadyNumber};
-use crate::limits::ENTRY_OVERHEAD_BYTES;
-use nbd_topology::ShardId;
+use crate::effect::{Append, Committed, OutMessage, Role};
+use crate::input::{EntryKind, Proposal, ReadyNumber};
+use crate::limits::{ENTRY_OVERHEAD_BYTES, READS_WAITING_MAX};
+use std::time::Duration;
 
+use bytes::Bytes;
+use nbd_topology::{Membership, ShardId};
+use protobuf::Message as _;
+use raft::eraftpb::{self, ConfChange};
+
+/// For steps in which the time does not matter.
+const NOW: Timestamp = Timestamp(0);
 const ONE: ReplicaId = ReplicaId::new(1).unwrap();
 const TWO: ReplicaId = ReplicaId::new(2).unwrap();
 const THREE: ReplicaId = ReplicaId::new(3).unwrap();
 
 fn config() -> GroupConfig {
-    GroupConfig::new(ShardId(0), ONE, vec![ONE])
+    GroupConfig::new(ShardId(0), ONE)
+}
+
+/// A group of one voter that never ran.
+fn fresh() -> Recovered {
+    Recovered { membership: Membership::of_voters([ONE]), ..Recovered::default() }
+}
+
+fn three() -> Membership {
+    Membership::of_voters([ONE, TWO, THREE])
 }
 
 fn entry(index: u64, term: u64, data: &'static str) -> Entry {
@@ -30,7 +46,8 @@ fn append(ready: u64, entries: Vec<Entry>, hard_state: Option<HardState>) -> App
 }
 
 fn committed(index: u64, term: u64, data: &'static str, ticket: Option<u64>) -> Committed {
-    Committed { entry: entry(index, term, data), ticket: ticket.map(Ticket) }
+    let ticket = ticket.map(Ticket);
+    Committed { entry: entry(index, term, data), ticket, change: None, membership: None }
 }
 
 fn propose(proposals: &[(u64, &'static str)]) -> Input {
@@ -51,10 +68,10 @@ fn applied(index: u64) -> Input {
 
 /// A group that leads in term 1 and has applied its first entry.
 fn leader(config: GroupConfig) -> Group {
-    let mut group = Group::new(config, Recovered::default()).unwrap();
-    group.step(Input::Campaign);
-    group.step(persisted(1));
-    group.step(applied(1));
+    let mut group = Group::new(config, fresh()).unwrap();
+    group.step(NOW, Input::Campaign);
+    group.step(NOW, persisted(1));
+    group.step(NOW, applied(1));
     assert!(group.status().serving);
     group
 }
@@ -65,6 +82,7 @@ fn recovered(applied: u64, commit: u64, last: u64) -> Recovered {
         .map(|index| Entry { data: Bytes::from(index.to_string()), ..entry(index, 1, "") });
     Recovered {
         hard_state: hard_state(1, Some(ONE), commit),
+        membership: Membership::of_voters([ONE]),
         applied: LogIndex(applied),
         compacted: (LogIndex::ZERO, Term::ZERO),
         terms: (0..last).map(|_| Term(1)).collect(),
@@ -74,12 +92,12 @@ fn recovered(applied: u64, commit: u64, last: u64) -> Recovered {
 
 #[test]
 fn a_new_group_of_one_leads_at_once_and_commits_when_durable() {
-    let mut group = Group::new(config(), Recovered::default()).unwrap();
+    let mut group = Group::new(config(), fresh()).unwrap();
     assert_eq!(group.status().role, Role::Follower);
     // Vote and first entry go into one append: nothing they allow can happen before it is durable.
     let leading = Leadership { role: Role::Leader, term: Term(1), leader: Some(ONE) };
     assert_eq!(
-        group.step(Input::Campaign),
+        group.step(NOW, Input::Campaign),
         Effects {
             appends: vec![append(1, vec![entry(1, 1, "")], Some(hard_state(1, Some(ONE), 0)))],
             role_changed: Some(leading),
@@ -90,12 +108,12 @@ fn a_new_group_of_one_leads_at_once_and_commits_when_durable() {
     assert_eq!(group.hard_state(), hard_state(1, Some(ONE), 0));
     // No append for the commit index.
     let effects = Effects { apply: vec![committed(1, 1, "", None)], ..Effects::default() };
-    assert_eq!(group.step(persisted(1)), effects);
+    assert_eq!(group.step(NOW, persisted(1)), effects);
     assert_eq!(group.hard_state(), hard_state(1, Some(ONE), 1));
     assert!(!group.status().serving);
-    assert!(group.step(applied(1)).is_empty());
+    assert!(group.step(NOW, applied(1)).is_empty());
     assert!(group.status().serving);
-    assert!(group.step(Input::Campaign).is_empty());
+    assert!(group.step(NOW, Input::Campaign).is_empty());
 }
 
 #[test]
@@ -105,17 +123,17 @@ fn a_batch_of_proposals_costs_one_append() {
     let hard = Some(hard_state(1, Some(ONE), 1));
     let entries = vec![entry(2, 1, "a"), entry(3, 1, "b")];
     assert_eq!(
-        group.step(propose(&[(7, "a"), (8, "b")])),
+        group.step(NOW, propose(&[(7, "a"), (8, "b")])),
         Effects { appends: vec![append(3, entries, hard)], ..Effects::default() }
     );
     assert_eq!(
-        group.step(persisted(3)),
+        group.step(NOW, persisted(3)),
         Effects {
             apply: vec![committed(2, 1, "a", Some(7)), committed(3, 1, "b", Some(8))],
             ..Effects::default()
         }
     );
-    assert!(group.step(applied(3)).is_empty());
+    assert!(group.step(NOW, applied(3)).is_empty());
     let status = group.status();
     assert_eq!((status.proposals_open, status.uncommitted_bytes), (0, 0));
 }
@@ -123,26 +141,26 @@ fn a_batch_of_proposals_costs_one_append() {
 #[test]
 fn appends_overlap_and_nothing_is_applied_before_it_is_durable() {
     let mut group = leader(config());
-    let first = group.step(propose(&[(1, "a")]));
+    let first = group.step(NOW, propose(&[(1, "a")]));
     assert_eq!(first.appends[0].ready, ReadyNumber(3));
-    let second = group.step(propose(&[(2, "b")]));
+    let second = group.step(NOW, propose(&[(2, "b")]));
     // Nothing committed in between: the hard state is not repeated.
     assert_eq!(second.appends, [append(4, vec![entry(3, 1, "b")], None)]);
-    let third = group.step(propose(&[(3, "c")]));
+    let third = group.step(NOW, propose(&[(3, "c")]));
     assert_eq!(third.appends, [append(5, vec![entry(4, 1, "c")], None)]);
     for effects in [&first, &second, &third] {
         assert_eq!(effects.apply, []);
     }
     assert_eq!(group.status().appends_outstanding, 3);
-    assert!(group.step(Input::Tick).is_empty());
+    assert!(group.step(NOW, Input::Tick).is_empty());
 
-    assert_eq!(group.step(persisted(3)).apply, [committed(2, 1, "a", Some(1))]);
+    assert_eq!(group.step(NOW, persisted(3)).apply, [committed(2, 1, "a", Some(1))]);
     // A number stands for all before it.
-    let effects = group.step(propose(&[(4, "d")]));
+    let effects = group.step(NOW, propose(&[(4, "d")]));
     let hard = Some(hard_state(1, Some(ONE), 2));
     assert_eq!(effects.appends, [append(7, vec![entry(5, 1, "d")], hard)]);
     assert_eq!(
-        group.step(persisted(7)).apply,
+        group.step(NOW, persisted(7)).apply,
         [
             committed(3, 1, "b", Some(2)),
             committed(4, 1, "c", Some(3)),
@@ -156,18 +174,18 @@ fn appends_overlap_and_nothing_is_applied_before_it_is_durable() {
 #[should_panic(expected = "ready 3 is not outstanding")]
 fn a_ready_is_persisted_once() {
     let mut group = leader(config());
-    group.step(propose(&[(1, "a")]));
-    group.step(propose(&[(2, "b")]));
-    group.step(persisted(4));
-    group.step(persisted(3));
+    group.step(NOW, propose(&[(1, "a")]));
+    group.step(NOW, propose(&[(2, "b")]));
+    group.step(NOW, persisted(4));
+    group.step(NOW, persisted(3));
 }
 
 #[test]
 #[should_panic(expected = "applied 2 is not within 1..=1")]
 fn applied_never_passes_what_was_handed_out() {
     let mut group = leader(config());
-    group.step(propose(&[(1, "a")]));
-    group.step(applied(2));
+    group.step(NOW, propose(&[(1, "a")]));
+    group.step(NOW, applied(2));
 }
 
 #[test]
@@ -181,13 +199,13 @@ fn a_restart_hands_out_what_was_committed_and_decides_on_the_rest() {
     );
     assert_eq!(status.persisted, LogIndex(5));
 
-    let effects = group.step(Input::Campaign);
+    let effects = group.step(NOW, Input::Campaign);
     assert_eq!(effects.apply, [committed(3, 1, "3", None)]);
     let hard = Some(hard_state(2, Some(ONE), 3));
     assert_eq!(effects.appends, [append(1, vec![entry(6, 2, "")], hard)]);
     // Entries of an earlier term are committed by one of this term.
     assert_eq!(
-        group.step(persisted(1)).apply,
+        group.step(NOW, persisted(1)).apply,
         [committed(4, 1, "4", None), committed(5, 1, "5", None), committed(6, 2, "", None)]
     );
 }
@@ -195,20 +213,21 @@ fn a_restart_hands_out_what_was_committed_and_decides_on_the_rest() {
 #[test]
 fn a_restart_with_everything_committed_applies_before_leading() {
     let mut group = Group::new(config(), recovered(1, 4, 4)).unwrap();
-    let effects = group.step(Input::Tick);
+    let effects = group.step(NOW, Input::Tick);
     assert_eq!(
         effects.apply,
         [committed(2, 1, "2", None), committed(3, 1, "3", None), committed(4, 1, "4", None)]
     );
     assert_eq!((effects.appends, effects.role_changed), (vec![], None));
-    group.step(applied(4));
-    assert_eq!(group.step(Input::Campaign).appends[0].entries, [entry(5, 2, "")]);
+    group.step(NOW, applied(4));
+    assert_eq!(group.step(NOW, Input::Campaign).appends[0].entries, [entry(5, 2, "")]);
 }
 
 #[test]
 fn a_restart_from_a_compacted_log() {
     let from = Recovered {
         hard_state: hard_state(3, None, 10),
+        membership: Membership::of_voters([ONE]),
         applied: LogIndex(10),
         compacted: (LogIndex(10), Term(2)),
         terms: vec![],
@@ -216,14 +235,14 @@ fn a_restart_from_a_compacted_log() {
     };
     let mut group = Group::new(config(), from).unwrap();
     let hard = Some(hard_state(4, Some(ONE), 10));
-    assert_eq!(group.step(Input::Campaign).appends, [append(1, vec![entry(11, 4, "")], hard)]);
-    assert_eq!(group.step(persisted(1)).apply, [committed(11, 4, "", None)]);
+    assert_eq!(group.step(NOW, Input::Campaign).appends, [append(1, vec![entry(11, 4, "")], hard)]);
+    assert_eq!(group.step(NOW, persisted(1)).apply, [committed(11, 4, "", None)]);
 }
 
 #[test]
 fn a_follower_of_one_still_leads_after_an_election_timeout() {
-    let mut group = Group::new(config(), Recovered::default()).unwrap();
-    let led = (0..24).find_map(|_| group.step(Input::Tick).role_changed);
+    let mut group = Group::new(config(), fresh()).unwrap();
+    let led = (0..24).find_map(|_| group.step(NOW, Input::Tick).role_changed);
     assert_eq!(led.unwrap().role, Role::Leader);
 }
 
@@ -231,29 +250,29 @@ fn a_follower_of_one_still_leads_after_an_election_timeout() {
 fn compaction_forgets_and_goes_on() {
     let mut group = leader(config());
     for ready in 0..10 {
-        let effects = group.step(propose(&[(ready, "x")]));
-        group.step(Input::Persisted(effects.appends[0].ready));
+        let effects = group.step(NOW, propose(&[(ready, "x")]));
+        group.step(NOW, Input::Persisted(effects.appends[0].ready));
     }
-    group.step(applied(9));
-    assert!(group.step(Input::Compacted(LogIndex(7))).is_empty());
+    group.step(NOW, applied(9));
+    assert!(group.step(NOW, Input::Compacted(LogIndex(7))).is_empty());
     assert_eq!(group.status().compacted, LogIndex(7));
-    assert!(group.step(Input::Compacted(LogIndex(3))).is_empty());
+    assert!(group.step(NOW, Input::Compacted(LogIndex(3))).is_empty());
     assert_eq!(group.status().compacted, LogIndex(7));
-    group.step(applied(11));
-    group.step(Input::Compacted(LogIndex(11)));
-    let effects = group.step(propose(&[(99, "y")]));
+    group.step(NOW, applied(11));
+    group.step(NOW, Input::Compacted(LogIndex(11)));
+    let effects = group.step(NOW, propose(&[(99, "y")]));
     assert_eq!(effects.appends[0].entries, [entry(12, 1, "y")]);
     let ready = effects.appends[0].ready;
-    assert_eq!(group.step(Input::Persisted(ready)).apply, [committed(12, 1, "y", Some(99))]);
+    assert_eq!(group.step(NOW, Input::Persisted(ready)).apply, [committed(12, 1, "y", Some(99))]);
 }
 
 #[test]
 #[should_panic(expected = "compaction to 2 beyond applied 1")]
 fn compaction_never_passes_what_is_applied() {
     let mut group = leader(config());
-    group.step(propose(&[(1, "a")]));
-    group.step(persisted(3));
-    group.step(Input::Compacted(LogIndex(2)));
+    group.step(NOW, propose(&[(1, "a")]));
+    group.step(NOW, persisted(3));
+    group.step(NOW, Input::Compacted(LogIndex(2)));
 }
 
 #[test]
@@ -272,21 +291,21 @@ fn proposals_past_the_uncommitted_bound_are_refused_in_order() {
         proposal(4, 1),
         proposal(5, 0),
     ];
-    let effects = group.step(Input::Propose(batch));
+    let effects = group.step(NOW, Input::Propose(batch));
     assert_eq!(effects.appends[0].entries.len(), 1);
     let too_large = (Ticket(2), RejectReason::TooLarge);
     assert_eq!(effects.rejected, [too_large, full(3), full(4), full(5)]);
     assert_eq!(group.status().uncommitted_bytes, 200 << 10);
 
-    let more = group.step(Input::Propose(vec![proposal(6, 57 << 10)]));
+    let more = group.step(NOW, Input::Propose(vec![proposal(6, 57 << 10)]));
     assert_eq!((more.rejected, more.appends), (vec![full(6)], vec![]));
-    let fits = group.step(Input::Propose(vec![proposal(7, 56 << 10)]));
+    let fits = group.step(NOW, Input::Propose(vec![proposal(7, 56 << 10)]));
     assert_eq!((fits.rejected, fits.appends.len()), (vec![], 1));
 
     // Room comes with the commit, in the same step.
-    group.step(Input::Persisted(fits.appends[0].ready));
+    group.step(NOW, Input::Persisted(fits.appends[0].ready));
     assert_eq!(group.status().uncommitted_bytes, 0);
-    assert_eq!(group.step(Input::Propose(vec![proposal(8, 200 << 10)])).rejected, []);
+    assert_eq!(group.step(NOW, Input::Propose(vec![proposal(8, 200 << 10)])).rejected, []);
 }
 
 #[test]
@@ -296,8 +315,8 @@ fn applying_comes_in_bounded_readys_without_loss() {
     let mut group = leader(config);
     let data = Bytes::from(vec![1; 1 << 20]);
     let batch = (0..20).map(|ticket| Proposal { ticket: Ticket(ticket), data: data.clone() });
-    let effects = group.step(Input::Propose(batch.collect()));
-    let apply = group.step(Input::Persisted(effects.appends[0].ready)).apply;
+    let effects = group.step(NOW, Input::Propose(batch.collect()));
+    let apply = group.step(NOW, Input::Persisted(effects.appends[0].ready)).apply;
     let tickets: Vec<_> = apply.iter().map(|committed| committed.ticket.unwrap().0).collect();
     assert_eq!(tickets, (0..20).collect::<Vec<_>>());
     // Shared from proposal to apply, not copied.
@@ -306,44 +325,44 @@ fn applying_comes_in_bounded_readys_without_loss() {
 
 #[test]
 fn reads_wait_for_the_first_commit_and_then_cost_nothing() {
-    let mut group = Group::new(config(), Recovered::default()).unwrap();
-    let rejected = group.step(Input::Read(vec![Ticket(1)])).rejected;
+    let mut group = Group::new(config(), fresh()).unwrap();
+    let rejected = group.step(NOW, Input::Read(vec![Ticket(1)])).rejected;
     assert_eq!(rejected, [(Ticket(1), RejectReason::NotLeader { leader: None })]);
 
-    group.step(Input::Campaign);
-    assert!(group.step(Input::Read(vec![Ticket(2), Ticket(3)])).is_empty());
+    group.step(NOW, Input::Campaign);
+    assert!(group.step(NOW, Input::Read(vec![Ticket(2), Ticket(3)])).is_empty());
     assert_eq!(group.status().reads_waiting, 2);
-    let effects = group.step(persisted(1));
+    let effects = group.step(NOW, persisted(1));
     assert_eq!(effects.reads_ready, [(Ticket(2), LogIndex(1)), (Ticket(3), LogIndex(1))]);
     assert_eq!(effects.apply.len(), 1);
 
     let reads_ready = vec![(Ticket(4), LogIndex(1))];
     assert_eq!(
-        group.step(Input::Read(vec![Ticket(4)])),
+        group.step(NOW, Input::Read(vec![Ticket(4)])),
         Effects { reads_ready, ..Effects::default() }
     );
     // What is only proposed is not waited for, what is committed is.
-    let append = group.step(propose(&[(5, "a")])).appends.remove(0);
+    let append = group.step(NOW, propose(&[(5, "a")])).appends.remove(0);
     let reads_ready = vec![(Ticket(6), LogIndex(1))];
-    assert_eq!(group.step(Input::Read(vec![Ticket(6)])).reads_ready, reads_ready);
-    group.step(Input::Persisted(append.ready));
+    assert_eq!(group.step(NOW, Input::Read(vec![Ticket(6)])).reads_ready, reads_ready);
+    group.step(NOW, Input::Persisted(append.ready));
     let reads_ready = vec![(Ticket(7), LogIndex(2))];
-    assert_eq!(group.step(Input::Read(vec![Ticket(7)])).reads_ready, reads_ready);
+    assert_eq!(group.step(NOW, Input::Read(vec![Ticket(7)])).reads_ready, reads_ready);
 }
 
 #[test]
 fn waiting_reads_are_bounded() {
-    let mut group = Group::new(config(), Recovered::default()).unwrap();
-    group.step(Input::Campaign);
+    let mut group = Group::new(config(), fresh()).unwrap();
+    group.step(NOW, Input::Campaign);
     let tickets = (0..=READS_WAITING_MAX as u64).map(Ticket).collect();
-    let effects = group.step(Input::Read(tickets));
+    let effects = group.step(NOW, Input::Read(tickets));
     assert_eq!(effects.rejected, [(Ticket(READS_WAITING_MAX as u64), RejectReason::Full)]);
 }
 
 #[test]
 fn a_follower_takes_no_proposals() {
-    let mut group = Group::new(config(), Recovered::default()).unwrap();
-    let effects = group.step(propose(&[(1, "a"), (2, "b")]));
+    let mut group = Group::new(config(), fresh()).unwrap();
+    let effects = group.step(NOW, propose(&[(1, "a"), (2, "b")]));
     let reason = RejectReason::NotLeader { leader: None };
     let rejected = vec![(Ticket(1), reason), (Ticket(2), reason)];
     assert_eq!(effects, Effects { rejected, ..Effects::default() });
@@ -351,10 +370,10 @@ fn a_follower_takes_no_proposals() {
 
 #[test]
 fn closing_gives_open_tickets_back() {
-    let mut group = Group::new(config(), Recovered::default()).unwrap();
-    group.step(Input::Campaign);
-    group.step(propose(&[(1, "a"), (2, "b")]));
-    group.step(Input::Read(vec![Ticket(3)]));
+    let mut group = Group::new(config(), fresh()).unwrap();
+    group.step(NOW, Input::Campaign);
+    group.step(NOW, propose(&[(1, "a"), (2, "b")]));
+    group.step(NOW, Input::Read(vec![Ticket(3)]));
     assert_eq!(group.close(), [Ticket(1), Ticket(2), Ticket(3)]);
 }
 
@@ -363,15 +382,11 @@ fn settings_are_validated() {
     let error = |change: &dyn Fn(&mut GroupConfig)| {
         let mut config = config();
         change(&mut config);
-        Group::new(config, Recovered::default()).unwrap_err()
+        Group::new(config, fresh()).unwrap_err()
     };
-    assert_eq!(error(&|c| c.voters.clear()), GroupError::Voters { voters: 0 });
-    assert_eq!(error(&|c| c.voters = vec![ONE, ONE]), GroupError::Voters { voters: 2 });
-    assert_eq!(
-        error(&|c| c.voters = (1..=8).filter_map(ReplicaId::new).collect()),
-        GroupError::Voters { voters: 8 }
-    );
-    assert_eq!(error(&|c| c.replica = TWO), GroupError::NotAVoter { replica: TWO });
+    for tick in [Duration::ZERO, Duration::from_secs(61)] {
+        assert_eq!(error(&|c| c.tick = tick), GroupError::Tick { tick });
+    }
     let ticks = |heartbeat, election| GroupError::Ticks { heartbeat, election };
     assert_eq!(error(&|c| c.heartbeat_ticks = 0), ticks(0, 12));
     assert_eq!(error(&|c| c.election_ticks = 2), ticks(2, 2));
@@ -388,6 +403,12 @@ fn what_was_recovered_is_validated() {
         change(&mut from);
         Group::new(config(), from).unwrap_err()
     };
+    let of = |ids: std::ops::RangeInclusive<u64>| ids.filter_map(ReplicaId::new);
+    let members = |voters, learners| GroupError::Members { voters, learners };
+    assert_eq!(error(&|r| r.membership = Membership::default()), members(0, 0));
+    assert_eq!(error(&|r| r.membership = Membership::of_voters(of(1..=8))), members(8, 0));
+    let learners = Membership::new([ONE], of(2..=9)).unwrap();
+    assert_eq!(error(&|r| r.membership = learners.clone()), members(1, 8));
     let indexes = |compacted, applied, commit, last| GroupError::Indexes {
         compacted: LogIndex(compacted),
         applied: LogIndex(applied),
@@ -414,17 +435,16 @@ fn what_was_recovered_is_validated() {
 
 #[test]
 fn a_voter_alone_in_three_cannot_lead() {
-    let mut config = config();
-    config.voters = vec![ONE, TWO, THREE];
-    let mut group = Group::new(config, Recovered::default()).unwrap();
-    let effects = group.step(Input::Campaign);
+    let from = Recovered { membership: three(), ..Recovered::default() };
+    let mut group = Group::new(GroupConfig { restarted: false, ..config() }, from).unwrap();
+    let effects = group.step(NOW, Input::Campaign);
     let asks = Leadership { role: Role::PreCandidate, term: Term(0), leader: None };
     assert_eq!(effects.role_changed, Some(asks));
     // Asking whether one could win promises nothing, so it waits for nothing.
     assert_eq!(effects.appends, []);
     assert_eq!(effects.send_now.iter().map(|m| (m.to, m.bulk)).collect::<Vec<_>>().len(), 2);
     for _ in 0..100 {
-        let effects = group.step(Input::Tick);
+        let effects = group.step(NOW, Input::Tick);
         assert_eq!((effects.appends, effects.apply), (vec![], vec![]));
     }
     assert_eq!(group.status().term, Term(0));
@@ -435,6 +455,7 @@ fn a_million_entries_of_one_term_stay_small() {
     let last = 1_000_000;
     let from = Recovered {
         hard_state: hard_state(9, None, last),
+        membership: Membership::of_voters([ONE]),
         applied: LogIndex(last),
         compacted: (LogIndex(0), Term(0)),
         terms: vec![Term(9); 1_000_000],
@@ -442,7 +463,7 @@ fn a_million_entries_of_one_term_stay_small() {
     };
     let mut group = Group::new(config(), from).unwrap();
     assert_eq!(group.raw.store().window_first(), last + 1);
-    assert_eq!(group.step(Input::Campaign).appends[0].entries, [entry(last + 1, 10, "")]);
+    assert_eq!(group.step(NOW, Input::Campaign).appends[0].entries, [entry(last + 1, 10, "")]);
     // What is counted covers what raft-rs keeps of an entry besides its data.
     assert!(size_of::<eraftpb::Entry>() <= ENTRY_OVERHEAD_BYTES);
 }
@@ -462,22 +483,22 @@ fn nobody_hears_of_a_term_before_the_vote_in_it_is_durable() {
     let mut change = ConfChange { node_id: 2, ..ConfChange::default() };
     change.set_change_type(eraftpb::ConfChangeType::AddLearnerNode);
     let mut group = with_membership_change(change.write_to_bytes().unwrap());
-    assert_eq!(group.step(Input::Campaign).apply.len(), 1);
+    assert_eq!(group.step(NOW, Input::Campaign).apply.len(), 1);
     assert_eq!(group.status().role, Role::Follower, "not while a change is not applied");
-    group.step(applied(1));
-    let campaign = group.step(Input::Campaign);
+    group.step(NOW, applied(1));
+    let campaign = group.step(NOW, Input::Campaign);
     assert_eq!((campaign.send_now.len(), campaign.appends.len()), (0, 1));
     assert_eq!(campaign.appends[0].send_after_persist.len(), 1);
     assert_eq!(campaign.appends[0].send_after_persist[0].to, TWO);
     // Nor by what comes next.
-    group.step(Input::Tick);
-    let beat = group.step(Input::Tick);
+    group.step(NOW, Input::Tick);
+    let beat = group.step(NOW, Input::Tick);
     assert_eq!((beat.send_now.len(), beat.appends[0].send_after_persist.len()), (0, 1));
     assert!(beat.appends[0].is_empty());
-    group.step(Input::Persisted(campaign.appends[0].ready));
-    group.step(Input::Persisted(beat.appends[0].ready));
-    group.step(Input::Tick);
-    assert_eq!(group.step(Input::Tick).send_now.len(), 1);
+    group.step(NOW, Input::Persisted(campaign.appends[0].ready));
+    group.step(NOW, Input::Persisted(beat.appends[0].ready));
+    group.step(NOW, Input::Tick);
+    assert_eq!(group.step(NOW, Input::Tick).send_now.len(), 1);
     assert_eq!(group.status().peers.len(), 1);
 }
 
@@ -487,9 +508,9 @@ fn a_membership_change_that_makes_no_sense_is_passed_over() {
     remove.set_change_type(eraftpb::ConfChangeType::RemoveNode);
     for data in [vec![0xff; 9], remove.write_to_bytes().unwrap()] {
         let mut group = with_membership_change(data);
-        assert_eq!(group.step(Input::Tick).apply[0].entry.kind, EntryKind::ConfChange);
-        group.step(applied(1));
-        let led = group.step(Input::Campaign).role_changed.unwrap();
+        assert_eq!(group.step(NOW, Input::Tick).apply[0].entry.kind, EntryKind::ConfChange);
+        group.step(NOW, applied(1));
+        let led = group.step(NOW, Input::Campaign).role_changed.unwrap();
         assert_eq!(led.role, Role::Leader);
     }
 }

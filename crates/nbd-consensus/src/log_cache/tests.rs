@@ -12,7 +12,7 @@ fn entry(index: u64, term: u64) -> Entry {
 
 /// Empty, with room for `entries` applied ones.
 fn cache(entries: usize) -> LogCache {
-    LogCache::new(&Recovered::default(), &[], entries * ENTRY_BYTES)
+    LogCache::new(&Recovered::default(), entries * ENTRY_BYTES)
 }
 
 /// Entries 1..=10 of the terms 1 1 1 2 2 2 2 5 5 5.
@@ -160,12 +160,13 @@ fn recovery_keeps_terms_and_tail() {
         .collect();
     let recovered = Recovered {
         hard_state: OurHardState { term: Term(3), vote: ReplicaId::new(2), commit: LogIndex(4) },
+        membership: Membership::of_voters(ReplicaId::new(2)),
         applied: LogIndex(3),
         compacted: (LogIndex(1), Term(1)),
         terms: vec![Term(1), Term(2), Term(3), Term(3)],
         tail,
     };
-    let cache = LogCache::new(&recovered, &[ReplicaId::new(2).unwrap()], 0);
+    let cache = LogCache::new(&recovered, 0);
     assert_eq!((cache.compacted(), cache.last(), cache.window_first()), (1, 5, 4));
     assert_eq!(terms(&cache), [1, 2, 3, 3]);
     let state = cache.initial_state().unwrap();

@@ -7,6 +7,10 @@
 //!                              └──────── waiting, until older pins are gone ◀───────┘
 //! ```
 //!
+//! **Retention.** What is covered, that is on stable storage elsewhere, is freed unless somebody
+//! asked to retain it, so that followers can be sent it. It gives way, oldest first, as soon as the
+//! writer finds no other room: a log full of what is merely nice to have never stops a write.
+//!
 //! **Pins.** The pool holds one token (an `Arc`) for the present epoch, and a pin is a clone of it.
 //! Freeing segments ends the epoch: they wait together with its token. They become spares once
 //! nobody else holds the token *and* everything freed before them has become spare. A pin taken
@@ -55,8 +59,20 @@ pub(super) struct Segment {
     pub(super) seq: u64,
     pub(super) name: Arc<str>,
     pub(super) file: Arc<dyn DiskFile>,
-    /// Highest index of each shard that has entries here.
-    pub(super) highest: BTreeMap<ShardId, LogIndex>,
+    /// Lowest and highest index of each shard that has entries here.
+    pub(super) indexes: Indexes,
+}
+
+/// Lowest and highest index by shard.
+pub(super) type Indexes = BTreeMap<ShardId, (LogIndex, LogIndex)>;
+
+/// Hard states as of some moment, see [`SegmentPool::hard_states`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HardStates {
+    /// The last one of each shard that was written since the log was opened.
+    pub states: BTreeMap<ShardId, HardState>,
+    /// The segment that was active then: it and all after it may hold newer ones.
+    active: u64,
 }
 
 /// A file that may be written over.
@@ -82,6 +98,12 @@ pub(super) enum TakeError {
 }
 
 struct State {
+    /// For each shard, the index above which entries are retained though they are covered.
+    retained: BTreeMap<ShardId, LogIndex>,
+    /// For each shard, the last entry that is on stable storage elsewhere.
+    covered: BTreeMap<ShardId, LogIndex>,
+    /// No segment before this one holds a hard state that is not on stable storage elsewhere.
+    covered_before: u64,
     /// Consecutive sequence numbers; the last one is active, the others are sealed.
     live: VecDeque<Segment>,
     /// End of the last batch in the active segment. 0 without one.
@@ -114,8 +136,18 @@ impl SegmentPool {
         next_file: u64,
     ) -> Self {
         let files = (live.len() + spares.len()) as u64;
-        let (waiting, epoch) = (VecDeque::new(), Arc::new(()));
-        let state = State { live, active_end, waiting, spares, epoch, files, next_file };
+        let state = State {
+            retained: BTreeMap::new(),
+            covered: BTreeMap::new(),
+            covered_before: 0,
+            live,
+            active_end,
+            waiting: VecDeque::new(),
+            spares,
+            epoch: Arc::new(()),
+            files,
+            next_file,
+        };
         let (creating, hard_states) = (Mutex::new(()), Mutex::default());
         Self { disk, options, state: Mutex::new(state), creating, hard_states }
     }
@@ -138,29 +170,94 @@ impl SegmentPool {
         Ok(true)
     }
 
-    /// Frees the oldest sealed segments as long as every entry in them is at or below the index
-    /// given for its shard, and returns how many that were. Only call this when all those entries,
-    /// and what the hard states in those segments say, are on stable storage elsewhere: the next
-    /// recovery may not find them here.
-    ///
-    /// Nothing here tells which segments hold hard states newer than a [`SegmentPool::hard_states`]
-    /// of a while ago. A caller keeps those by leaving uncovered an entry that was written before
-    /// it asked: the segment of that entry stays, and all after it.
-    pub fn free_through(&self, covered: &BTreeMap<ShardId, LogIndex>) -> usize {
+    /// Notes what need not be in the log any more, and frees nothing yet: every entry at or below
+    /// the index given for its shard, and these hard states with all before them, are on stable
+    /// storage elsewhere. The next recovery may not find them here.
+    pub fn cover(&self, covered: &BTreeMap<ShardId, LogIndex>, hard_states: &HardStates) {
         let mut state = self.state.lock();
-        let is_free = |segment: &Segment| {
-            let mut highest = segment.highest.iter();
-            highest.all(|(shard, index)| covered.get(shard).is_some_and(|through| index <= through))
-        };
-        let sealed = state.live.len().saturating_sub(1);
-        let freed = state.live.iter().take(sealed).take_while(|segment| is_free(segment)).count();
-        if freed > 0 {
-            let segments = state.live.drain(..freed).collect();
-            let epoch = std::mem::take(&mut state.epoch);
-            state.waiting.push_back(Waiting { epoch, segments });
+        for (&shard, &index) in covered {
+            let known = state.covered.entry(shard).or_insert(index);
+            *known = index.max(*known);
         }
+        state.covered_before = state.covered_before.max(hard_states.active);
+    }
+
+    /// As [`SegmentPool::cover`], and frees the oldest sealed segments as long as all in them is
+    /// covered and none of it is retained. Returns how many that were.
+    pub fn free_through(
+        &self,
+        covered: &BTreeMap<ShardId, LogIndex>,
+        hard_states: &HardStates,
+    ) -> usize {
+        self.cover(covered, hard_states);
+        let mut state = self.state.lock();
+        let freed = state.live.iter().take_while(|segment| state.is_free(segment)).count();
+        state.free(freed);
         state.release();
         freed
+    }
+
+    /// Whether [`SegmentPool::free_through`] of these indexes would free anything, were all hard
+    /// states on stable storage elsewhere.
+    #[must_use]
+    pub fn could_free(&self, covered: &BTreeMap<ShardId, LogIndex>) -> bool {
+        let state = self.state.lock();
+        let sealed = state.live.len() > 1;
+        sealed
+            && state.live.front().is_some_and(|oldest| {
+                let mut indexes = oldest.indexes.iter();
+                indexes.all(|(shard, (_, highest))| {
+                    let through = covered.get(shard).copied().unwrap_or_default();
+                    *highest <= through && !state.is_retained(*shard, *highest)
+                })
+            })
+    }
+
+    /// Asks to keep the shard's entries above this index, though they may be covered; `LogIndex` of
+    /// `u64::MAX` asks for nothing, as is so at first. They go all the same when the writer finds no
+    /// other room; see [`SegmentPool::first_kept`].
+    pub fn retain(&self, shard: ShardId, above: LogIndex) {
+        self.state.lock().retained.insert(shard, above);
+    }
+
+    /// The lowest index from which on the shard's entries are in live segments without a gap:
+    /// entries below it may be gone. `None` if it has none there.
+    #[must_use]
+    pub fn first_kept(&self, shard: ShardId) -> Option<LogIndex> {
+        let state = self.state.lock();
+        let mut ranges = state.live.iter().rev().filter_map(|s| s.indexes.get(&shard));
+        let (mut first, _) = *ranges.next()?;
+        for (lowest, highest) in ranges {
+            if highest.next() < first {
+                break;
+            }
+            first = first.min(*lowest);
+        }
+        Some(first)
+    }
+
+    /// The shard's entries before this position are void: they are kept for nobody, whatever their
+    /// index. Nothing of the shard may be under way to the log.
+    pub fn void(&self, shard: ShardId, before: LogPosition) {
+        let size = self.options.segment_bytes;
+        let mut state = self.state.lock();
+        let active = state.live.back().map(|segment| segment.seq);
+        for segment in &mut state.live {
+            // Of the segment that the position lies in, only the active one is known to hold none
+            // of the shard's entries behind it.
+            let end = if Some(segment.seq) == active { segment.seq } else { segment.seq + 1 };
+            if end * size <= before.0 {
+                segment.indexes.remove(&shard);
+            }
+        }
+    }
+
+    /// Where the next batch will lie, or before. Everything in the log lies before.
+    #[must_use]
+    pub fn next_position(&self) -> LogPosition {
+        let state = self.state.lock();
+        let active = state.live.back().map_or(1, |segment| segment.seq);
+        LogPosition(active * self.options.segment_bytes + state.active_end)
     }
 
     /// Turns freed segments into spares as far as pins allow. Freeing and preparing do the same;
@@ -176,15 +273,24 @@ impl SegmentPool {
     #[must_use]
     pub fn live_bytes(&self) -> u64 {
         let state = self.state.lock();
-        let sealed = state.live.len().saturating_sub(1) as u64;
-        sealed * self.options.segment_bytes + state.active_end
+        let sealed = state.live.len().saturating_sub(1) - state.covered_segments();
+        sealed as u64 * self.options.segment_bytes + state.active_end
+    }
+
+    /// Bytes of log that are only kept because somebody asked to retain them: room that the writer
+    /// has when it needs it.
+    #[must_use]
+    pub fn retained_bytes(&self) -> u64 {
+        self.state.lock().covered_segments() as u64 * self.options.segment_bytes
     }
 
     /// Last hard state of each shard that was written, durably, since the log was opened: what a
     /// checkpoint has to hold before it frees segments.
     #[must_use]
-    pub fn hard_states(&self) -> BTreeMap<ShardId, HardState> {
-        self.hard_states.lock().clone()
+    pub fn hard_states(&self) -> HardStates {
+        // The segment first: a hard state that is not noted yet lies in it or behind.
+        let active = self.state.lock().live.back().map_or(0, |segment| segment.seq);
+        HardStates { states: self.hard_states.lock().clone(), active }
     }
 
     pub(super) fn note_hard_state(&self, shard: ShardId, hard_state: HardState) {
@@ -247,12 +353,19 @@ impl SegmentPool {
                 if let Some(spares) = state.take(count) {
                     return Ok(spares);
                 }
-                let missing = (count - state.spares.len()) as u64;
-                if state.files + missing > self.files_max() {
+                let missing = count - state.spares.len();
+                if state.files + missing as u64 > self.files_max() {
+                    if state.give_way(missing) {
+                        continue;
+                    }
                     return Err(TakeError::Full);
                 }
             }
-            self.create_spare().map_err(|(file, source)| TakeError::Io { file, source })?;
+            if let Err((file, source)) = self.create_spare() {
+                if !is_out_of_space(&source) || !self.state.lock().give_way(1) {
+                    return Err(TakeError::Io { file, source });
+                }
+            }
         }
     }
 
@@ -266,12 +379,13 @@ impl SegmentPool {
     }
 
     /// Notes what a durable batch brought into the active segment.
-    pub(super) fn note_batch(&self, highest: &[(ShardId, LogIndex)], end: u64) {
+    pub(super) fn note_batch(&self, indexes: &Indexes, end: u64) {
         let mut state = self.state.lock();
         state.active_end = end;
         let active = state.live.back_mut().expect("batches go into an active segment");
-        for &(shard, index) in highest {
-            raise(&mut active.highest, shard, index);
+        for (&shard, &(lowest, highest)) in indexes {
+            include(&mut active.indexes, shard, lowest);
+            include(&mut active.indexes, shard, highest);
         }
     }
 
@@ -326,6 +440,48 @@ impl SegmentPool {
 }
 
 impl State {
+    fn is_retained(&self, shard: ShardId, index: LogIndex) -> bool {
+        self.retained.get(&shard).is_some_and(|above| index > *above)
+    }
+
+    /// Whether everything in the segment is on stable storage elsewhere. Never so of the active
+    /// one, which was active, or was not there, when hard states were asked for.
+    fn is_covered(&self, segment: &Segment) -> bool {
+        let mut indexes = segment.indexes.iter();
+        segment.seq < self.covered_before
+            && indexes.all(|(shard, (_, highest))| {
+                self.covered.get(shard).is_some_and(|through| highest <= through)
+            })
+    }
+
+    fn is_free(&self, segment: &Segment) -> bool {
+        let mut indexes = segment.indexes.iter();
+        self.is_covered(segment)
+            && !indexes.any(|(shard, (_, highest))| self.is_retained(*shard, *highest))
+    }
+
+    /// Oldest segments that are covered.
+    fn covered_segments(&self) -> usize {
+        self.live.iter().take_while(|segment| self.is_covered(segment)).count()
+    }
+
+    /// Frees the oldest `count` segments.
+    fn free(&mut self, count: usize) {
+        if count > 0 {
+            let segments = self.live.drain(..count).collect();
+            let epoch = std::mem::take(&mut self.epoch);
+            self.waiting.push_back(Waiting { epoch, segments });
+        }
+    }
+
+    /// Frees up to `count` segments that are covered, retained or not. True if that made a spare.
+    fn give_way(&mut self, count: usize) -> bool {
+        let (before, free) = (self.spares.len(), self.covered_segments().min(count));
+        self.free(free);
+        self.release();
+        self.spares.len() > before
+    }
+
     /// Turns waiting segments into spares as long as no pin can reach them.
     fn release(&mut self) {
         while let Some(oldest) = self.waiting.front_mut() {
@@ -360,10 +516,16 @@ impl State {
     }
 }
 
-/// Raises a shard's highest index to `index`.
-pub(super) fn raise(highest: &mut BTreeMap<ShardId, LogIndex>, shard: ShardId, index: LogIndex) {
-    let known = highest.entry(shard).or_insert(index);
-    *known = index.max(*known);
+/// Whether an error says that the disk is full.
+pub(super) fn is_out_of_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Widens a shard's range of indexes to include `index`.
+pub(super) fn include(indexes: &mut Indexes, shard: ShardId, index: LogIndex) {
+    let (lowest, highest) = indexes.entry(shard).or_insert((index, index));
+    *lowest = index.min(*lowest);
+    *highest = index.max(*highest);
 }
 
 impl fmt::Debug for SegmentPool {

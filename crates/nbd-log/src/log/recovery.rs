@@ -21,14 +21,13 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use nbd_topology::{LogIndex, ShardId};
 use rand::RngCore;
 
 use super::cache::EntryCache;
 use super::error::{Finding, LogOpenError};
 use super::format::{FORMAT_VERSION, ParsedSegmentHeader, SegmentHeader, parse_record};
 use super::options::LogOptions;
-use super::pool::{LOG_DIR, Segment, SegmentPool, Spare, raise};
+use super::pool::{Indexes, LOG_DIR, Segment, SegmentPool, Spare, include};
 use super::reader::LogReader;
 use super::record::{LogIdentity, LogPosition, ScannedRecord};
 use super::writer::{Active, LogWriter, Tail};
@@ -280,9 +279,9 @@ fn replay(
     let mut before: Option<&Live> = None;
     for segment in &live {
         check_continuity(before, segment, &end)?;
-        let highest = read_batches(segment, &mut end, visitor)?;
+        let indexes = read_batches(segment, &mut end, visitor)?;
         let (name, file) = (Arc::clone(&segment.name), Arc::clone(&segment.file));
-        segments.push_back(Segment { seq: segment.header.seq, name, file, highest });
+        segments.push_back(Segment { seq: segment.header.seq, name, file, indexes });
         before = Some(segment);
     }
     if newest.scan().holds_batch_after(end.end, end.next_batch)? {
@@ -325,13 +324,13 @@ fn check_continuity(before: Option<&Live>, next: &Live, end: &End) -> Result<(),
 }
 
 /// Shows a segment's records to the visitor and moves the end behind its last valid batch. Returns
-/// the highest index of each shard in it.
+/// the indexes of each shard in it.
 fn read_batches(
     segment: &Live,
     end: &mut End,
     visitor: Visitor<'_>,
-) -> Result<BTreeMap<ShardId, LogIndex>, LogOpenError> {
-    let mut highest = BTreeMap::new();
+) -> Result<Indexes, LogOpenError> {
+    let mut indexes = Indexes::new();
     let mut scan = segment.scan();
     (end.last_start, end.end) = (0, BLOCK);
     while let Some(Batch { header, body_at, body }) = scan.batch(end.end, end.next_batch)? {
@@ -345,7 +344,7 @@ fn read_batches(
             let (record, data_at, bytes) =
                 parse_record(&body[at..]).ok_or_else(|| bad(at, Finding::BadRecord))?;
             if let ScannedRecord::Entry(entry) = record {
-                raise(&mut highest, entry.shard, entry.index);
+                include(&mut indexes, entry.shard, entry.index);
             }
             visitor(record, LogPosition(body_start + (at + data_at) as u64));
             at += bytes;
@@ -359,7 +358,7 @@ fn read_batches(
         end.next_batch += 1;
         end.records += u64::from(records);
     }
-    Ok(highest)
+    Ok(indexes)
 }
 
 /// Writes the newest segment's last batch, or its header if it has none, over itself. Everything

@@ -6,13 +6,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use nbd_topology::{LogIndex, ShardId};
 use rand::RngCore;
 
 use super::cache::EntryCache;
 use super::error::AppendError;
 use super::format::{BATCH_HEADER_BYTES, BatchHeader, SegmentHeader, batch_bytes};
-use super::pool::{Segment, SegmentPool, Spare, TakeError};
+use super::pool::{Indexes, Segment, SegmentPool, Spare, TakeError, include, is_out_of_space};
 use super::record::{LogIdentity, LogPosition, Record};
 use crate::checksum::crc32c;
 use crate::io::{AlignedBuf, DiskFile};
@@ -176,8 +175,8 @@ impl LogWriter {
         let written = file.write_durable_at(&header.encode(), 0);
         written.map_err(|source| self.fail(&name, source))?;
         self.recorded_oldest = header.oldest_live;
-        let (highest, nonce) = (Default::default(), header.nonce);
-        let segment = Segment { seq, name: Arc::clone(&name), file: Arc::clone(&file), highest };
+        let (indexes, nonce) = (Indexes::new(), header.nonce);
+        let segment = Segment { seq, name: Arc::clone(&name), file: Arc::clone(&file), indexes };
         self.pool.activate(segment, BLOCK);
         self.active = Some(Active { seq, nonce, name, file, end: BLOCK });
         Ok(())
@@ -241,7 +240,7 @@ impl LogWriter {
         active.end = end;
         self.next_batch += 1;
         self.recorded_oldest = header.oldest_live;
-        self.pool.note_batch(&highest_indexes(records), end);
+        self.pool.note_batch(&indexes_of(records), end);
         Ok(())
     }
 
@@ -262,19 +261,13 @@ impl fmt::Debug for LogWriter {
     }
 }
 
-/// Highest index of each run of entries of one shard: one element per shard in the usual case.
-fn highest_indexes(records: &[Record<'_>]) -> Vec<(ShardId, LogIndex)> {
-    let mut highest: Vec<(ShardId, LogIndex)> = Vec::new();
+/// Lowest and highest index of each shard that has entries among the records.
+fn indexes_of(records: &[Record<'_>]) -> Indexes {
+    let mut indexes = Indexes::new();
     for record in records {
-        let Record::Entry(entry) = record else { continue };
-        match highest.last_mut() {
-            Some((shard, index)) if *shard == entry.shard => *index = entry.index.max(*index),
-            _ => highest.push((entry.shard, entry.index)),
+        if let Record::Entry(entry) = record {
+            include(&mut indexes, entry.shard, entry.index);
         }
     }
-    highest
-}
-
-fn is_out_of_space(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    indexes
 }

@@ -29,6 +29,7 @@
 
 mod batch;
 mod place;
+mod receive;
 mod work;
 
 use std::collections::BTreeMap;
@@ -37,7 +38,7 @@ use std::iter::Peekable;
 use std::sync::Arc;
 
 use nbd_log::io::Disk;
-use nbd_log::log::{HardState, LogPosition, LogReadError, LogReader, SegmentPool};
+use nbd_log::log::{HardState, HardStates, LogReadError, LogReader, SegmentPool};
 use nbd_topology::{LogIndex, ShardId};
 use redb::WriteTransaction;
 
@@ -50,6 +51,7 @@ use crate::chunk::meta::{ChunkKey, ChunkMeta};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
 use crate::dirty::DirtyLog;
+use crate::fault::Faults;
 use crate::ids::ChunkIndex;
 use crate::limits::{
     BLOCK_BYTES, CHANGES_PER_TRANSACTION_MAX, META_BYTES_PER_CHANGE, META_HEADROOM_LEAST_BYTES,
@@ -58,6 +60,7 @@ use crate::shard::Shard;
 use crate::shard::pins::{Pin, PinGate, RetiredPin};
 use crate::shard::state::Frozen;
 use crate::space::SpaceGauge;
+use crate::transfer::DamagedChunk;
 
 /// What a checkpoint did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -73,6 +76,8 @@ pub struct CheckpointReport {
     pub bytes: u64,
     /// Blocks whose only copy was found damaged. They stay so, and unreadable.
     pub corrupt_blocks: u64,
+    /// The chunks of those blocks: [`Checkpointer::replace_chunk`] makes them good.
+    pub damaged: Vec<DamagedChunk>,
     /// Log segments freed.
     pub segments_freed: usize,
 }
@@ -146,6 +151,7 @@ pub struct Checkpointer {
     gate: Arc<PinGate>,
     gauge: CheckpointGauge,
     batch: Batch,
+    faults: Faults,
     failed: bool,
 }
 
@@ -162,13 +168,12 @@ pub(crate) struct CheckpointerParts {
     pub(crate) dirty: Arc<DirtyLog>,
     pub(crate) space: Arc<SpaceGauge>,
     pub(crate) log_bytes: u64,
+    pub(crate) faults: Faults,
 }
 
 /// Everything frozen for one run.
 struct Freeze {
     shards: Vec<(Arc<Shard>, Arc<Frozen>)>,
-    /// The shard whose applied entry lies last in the log, and that entry.
-    newest: Option<(LogPosition, ShardId, LogIndex)>,
 }
 
 /// What is still to be placed.
@@ -204,8 +209,21 @@ impl Checkpointer {
         let (dirty, space, log_bytes) = (parts.dirty, parts.space, parts.log_bytes);
         space.set_free_slots(slots.free());
         let gauge = CheckpointGauge { dirty, space, log_bytes };
-        let (batch, failed) = (Batch::default(), false);
-        Self { disk, base, shards, records, slots, log, segments, gate, gauge, batch, failed }
+        let (batch, faults, failed) = (Batch::default(), parts.faults, false);
+        Self {
+            disk,
+            base,
+            shards,
+            records,
+            slots,
+            log,
+            segments,
+            gate,
+            gauge,
+            batch,
+            faults,
+            failed,
+        }
     }
 
     /// Tells other threads how much there is to do.
@@ -264,28 +282,32 @@ impl Checkpointer {
     fn try_run(&mut self, pace: &mut dyn FnMut(u64)) -> Result<CheckpointReport, CheckpointError> {
         let (freeze, retired) = self.freeze();
         let mut report = CheckpointReport::default();
-        if !freeze.shards.is_empty() {
+        // Without changes there may still be hard states that keep log from being freed, or entries
+        // that are not retained any longer.
+        if !freeze.shards.is_empty() || self.segments.could_free(&self.covered()) {
             self.gate.wait(retired);
             self.changes_max()?;
             self.declare_committed(&freeze)?;
-            self.write_home(&freeze, pace, &mut report)?;
-            report.segments_freed = self.free_segments(&freeze);
+            let stored = self.write_home(&freeze, pace, &mut report)?;
+            report.segments_freed = self.segments.free_through(&self.covered(), &stored);
         }
-        report.applied = self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
+        report.applied = self.covered();
         Ok(report)
+    }
+
+    /// For each shard the entry up to which everything is home.
+    fn covered(&self) -> BTreeMap<ShardId, LogIndex> {
+        self.records.iter().map(|(id, record)| (*id, record.applied)).collect()
     }
 
     /// Step 1. What an earlier run could not write home is joined with what came after it.
     fn freeze(&self) -> (Freeze, Vec<RetiredPin>) {
         let space = &self.gauge.space;
-        let (mut shards, mut newest, mut retired) = (Vec::new(), None, Vec::new());
+        let mut shards = Vec::new();
         self.gauge.dirty.start(self.gauge.dirty.newest());
         space.set_cleared(false);
         for shard in &self.shards {
             let mut state = shard.state.write();
-            if let Some(position) = state.metadata.applied_position {
-                newest = newest.max(Some((position, shard.id, state.metadata.applied)));
-            }
             let is_new = state.metadata.applied != self.records[&shard.id].applied;
             if state.frozen.is_none() && !is_new {
                 continue;
@@ -306,10 +328,7 @@ impl Checkpointer {
             state.frozen = Some(Arc::clone(&frozen));
             shards.push((Arc::clone(shard), frozen));
         }
-        if !shards.is_empty() {
-            retired = self.replace_pins();
-        }
-        (Freeze { shards, newest }, retired)
+        (Freeze { shards }, self.replace_pins())
     }
 
     fn replace_pins(&self) -> Vec<RetiredPin> {
@@ -342,13 +361,14 @@ impl Checkpointer {
         self.records.get_mut(&shard).expect("every shard has a record")
     }
 
-    /// Steps 4 to 7, in as many transactions as the slots make necessary.
+    /// Steps 4 to 7, in as many transactions as the slots make necessary. Returns the hard states
+    /// that are stored.
     fn write_home(
         &mut self,
         freeze: &Freeze,
         pace: &mut dyn FnMut(u64),
         report: &mut CheckpointReport,
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<HardStates, CheckpointError> {
         let frozen: Vec<&Frozen> = freeze.shards.iter().map(|(_, frozen)| &**frozen).collect();
         let mut work: WorkList<'_> = boxed(work::all(&frozen));
         // What found no slot, and whether any was left since the list was begun.
@@ -365,13 +385,14 @@ impl Checkpointer {
             }
             self.base.data().sync().map_err(data_error)?;
             database::put_regions(&txn, self.slots.dirty_regions())?;
-            let records = if is_last { self.put_metadata(&txn, freeze)? } else { Vec::new() };
+            let metadata = if is_last { Some(self.put_metadata(&txn, freeze)?) } else { None };
             txn.commit().map_err(MetadataError::from)?;
-            self.records.extend(records);
-            self.publish(freeze, round, is_last)?;
-            if is_last {
-                return Ok(());
+            if let Some((records, stored)) = metadata {
+                self.records = records;
+                self.publish(freeze, round, true)?;
+                return Ok(stored);
             }
+            self.publish(freeze, round, false)?;
             if list_ends {
                 work = boxed(std::mem::take(&mut deferred).into_iter());
                 any_left = false;
@@ -417,16 +438,17 @@ impl Checkpointer {
     }
 
     /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard
-    /// states of shards that applied nothing. Returns the shards' records to be.
+    /// states of shards that applied nothing. Returns the shards' records to be, and the hard states
+    /// in them.
     fn put_metadata(
         &self,
         txn: &WriteTransaction,
         freeze: &Freeze,
-    ) -> Result<Vec<(ShardId, ShardRecord)>, CheckpointError> {
+    ) -> Result<(BTreeMap<ShardId, ShardRecord>, HardStates), CheckpointError> {
         let written = self.segments.hard_states();
-        let mut records = Vec::new();
+        let mut records = BTreeMap::new();
         for (&id, old) in &self.records {
-            let newest = written.get(&id).copied().unwrap_or(old.hard_state);
+            let newest = written.states.get(&id).copied().unwrap_or(old.hard_state);
             let mut record = *old;
             record.hard_state = newer_vote(old.hard_state, newest);
             record.hard_state.commit = old.hard_state.commit;
@@ -439,11 +461,12 @@ impl Checkpointer {
                 record.volumes_created = metadata.volumes_created;
                 database::put_volumes(txn, metadata.volumes.newer(id, old.volumes_created))?;
                 database::put_sessions(txn, id, &metadata.sessions)?;
+                database::put_members(txn, id, &metadata.members)?;
             }
             database::put_shard(txn, id, &record)?;
-            records.push((id, record));
+            records.insert(id, record);
         }
-        Ok(records)
+        Ok((records, written))
     }
 
     /// Steps 6 and 7 for a durable transaction.
@@ -472,17 +495,6 @@ impl Checkpointer {
         self.slots.release(left);
         self.gauge.space.set_free_slots(self.slots.free());
         Ok(())
-    }
-
-    /// Frees the log before the checkpoint. The segment with the newest applied entry stays, and so
-    /// do all after it: hard states written there may be newer than the ones in the checkpoint.
-    fn free_segments(&self, freeze: &Freeze) -> usize {
-        let Some((_, newest, index)) = freeze.newest else { return 0 };
-        let mut covered: BTreeMap<_, _> =
-            self.records.iter().map(|(id, record)| (*id, record.applied)).collect();
-        let through = covered.get_mut(&newest).expect("every shard has a record");
-        *through = (*through).min(LogIndex(index.0 - 1));
-        self.segments.free_through(&covered)
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! | table | key | value |
 //! | --- | --- | --- |
-//! | `format` | "version" | u64, 1 |
+//! | `format` | "version" | u64, 2 |
 //! | `shards` | shard u32 | see [`super::record`] |
+//! | `members` | shard u32 | see [`crate::members`] |
 //! | `volumes` | volume u64 | see [`super::record`] |
 //! | `sessions` | (shard u32, session u128) | see [`crate::shard::session`] |
 //! | `chunks` | (volume u64, chunk u64) | see [`super::meta`] |
@@ -28,6 +29,7 @@ use super::record::{SEAL_BYTES, ShardRecord, decode_volume, encode_volume, seal,
 use super::slots::{REGION_BYTES, SlotMap};
 use crate::ids::{ChunkIndex, SessionId, VolumeId};
 use crate::limits::META_DB_CACHE_BYTES;
+use crate::members::Members;
 use crate::outcome::VolumeInfo;
 use crate::shard::session::Session;
 
@@ -36,10 +38,11 @@ const DATABASE_FILE: &str = "meta.redb";
 /// Its name while it is being made.
 const UNFINISHED_FILE: &str = "meta.new";
 
-const FORMAT_VERSION: u64 = 1;
+const FORMAT_VERSION: u64 = 2;
 
 const FORMAT: TableDefinition<&str, u64> = TableDefinition::new("format");
 const SHARDS: TableDefinition<u32, &[u8]> = TableDefinition::new("shards");
+const MEMBERS: TableDefinition<u32, &[u8]> = TableDefinition::new("members");
 const VOLUMES: TableDefinition<u64, &[u8]> = TableDefinition::new("volumes");
 const SESSIONS: TableDefinition<(u32, u128), &[u8]> = TableDefinition::new("sessions");
 const CHUNKS: TableDefinition<(u64, u64), &[u8; CHUNK_META_BYTES]> = TableDefinition::new("chunks");
@@ -133,6 +136,8 @@ pub(crate) struct Reader {
 pub(crate) struct Contents {
     /// Record of each shard.
     pub(crate) shards: Vec<(ShardId, ShardRecord)>,
+    /// The replicas of each shard.
+    pub(crate) members: Vec<(ShardId, Members)>,
     /// All volumes.
     pub(crate) volumes: Vec<VolumeInfo>,
     /// All sessions.
@@ -186,6 +191,7 @@ impl Database {
         txn.open_table(SLOTS)?;
         for shard in shards {
             put_shard(&txn, shard, &ShardRecord::empty())?;
+            put_members(&txn, shard, &Members::default())?;
         }
         txn.commit()?;
         Ok(())
@@ -215,6 +221,14 @@ impl Database {
                 .and_then(ShardRecord::decode)
                 .ok_or(MetadataError::Damaged { table: "shards" })?;
             contents.shards.push((shard, record));
+        }
+        for row in txn.open_table(MEMBERS)?.iter()? {
+            let (key, value) = row?;
+            let shard = ShardId(key.value());
+            let members = unseal(&shard.0.to_le_bytes(), value.value())
+                .and_then(Members::decode)
+                .ok_or(MetadataError::Damaged { table: "members" })?;
+            contents.members.push((shard, members));
         }
         for row in txn.open_table(VOLUMES)?.iter()? {
             let (key, value) = row?;
@@ -336,6 +350,17 @@ pub(crate) fn put_shard(
 ) -> Result<(), MetadataError> {
     let value = seal(&shard.0.to_le_bytes(), record.encode());
     txn.open_table(SHARDS)?.insert(shard.0, &*value)?;
+    Ok(())
+}
+
+/// Stores a shard's replicas.
+pub(crate) fn put_members(
+    txn: &WriteTransaction,
+    shard: ShardId,
+    members: &Members,
+) -> Result<(), MetadataError> {
+    let value = seal(&shard.0.to_le_bytes(), members.encode());
+    txn.open_table(MEMBERS)?.insert(shard.0, &*value)?;
     Ok(())
 }
 

@@ -64,8 +64,8 @@ pub(crate) enum HomeBlock {
     },
 }
 
-/// Key of a chunk in the table.
-pub(crate) type ChunkKey = (VolumeId, ChunkIndex);
+/// Key of a chunk: chunks are ordered by volume, then by place.
+pub type ChunkKey = (VolumeId, ChunkIndex);
 
 impl ChunkMeta {
     /// A chunk of holes at `slot`.

@@ -19,11 +19,15 @@
 //! | applied u64 | its term u64 | term   | vote   | commit   | counter i64 | volumes so far | 0 |
 //! +-------------+--------------+--------+--------+----------+-------------+----------------+---+
 //!                               Raft's hard state, u64 each                 u32              u32
+//! 56            64                  72
+//! +-------------+-------------------+
+//! | replica u64 | log floor u64     |   replica: own id, 0 before the shard is formed; floor: log
+//! +-------------+-------------------+   position, entries of the shard before it are void
 //! ```
 
 use nbd_log::checksum::Crc32c;
-use nbd_log::log::HardState;
-use nbd_topology::{LogIndex, Term};
+use nbd_log::log::{HardState, LogPosition};
+use nbd_topology::{LogIndex, ReplicaId, Term};
 
 use crate::ids::VolumeId;
 use crate::limits::{DESCRIPTION_BYTES_MAX, VOLUME_NAME_BYTES_MAX};
@@ -32,7 +36,7 @@ use crate::outcome::VolumeInfo;
 /// Bytes of a sealed value's checksum.
 pub(crate) const SEAL_BYTES: usize = 4;
 
-const SHARD_BYTES: usize = 56;
+const SHARD_BYTES: usize = 72;
 
 fn seal_of(key: &[u8], body: &[u8]) -> [u8; SEAL_BYTES] {
     let mut crc = Crc32c::new();
@@ -67,6 +71,10 @@ pub(crate) struct ShardRecord {
     pub(crate) counter: i64,
     /// Number of volumes ever created.
     pub(crate) volumes_created: u32,
+    /// This replica's id; `None` before the shard is formed.
+    pub(crate) replica: Option<ReplicaId>,
+    /// Entries of the shard that lie before this in the log are void: a snapshot took their place.
+    pub(crate) log_floor: LogPosition,
 }
 
 impl ShardRecord {
@@ -78,6 +86,8 @@ impl ShardRecord {
             hard_state: HardState { term: Term::ZERO, vote: 0, commit: LogIndex::ZERO },
             counter: 0,
             volumes_created: 0,
+            replica: None,
+            log_floor: LogPosition(0),
         }
     }
 
@@ -93,6 +103,8 @@ impl ShardRecord {
             hard_state.commit.0,
             self.counter.cast_unsigned(),
             u64::from(self.volumes_created),
+            self.replica.map_or(0, ReplicaId::get),
+            self.log_floor.0,
         ] {
             out.extend(value.to_le_bytes());
         }
@@ -102,7 +114,7 @@ impl ShardRecord {
     /// The record in `body`, or `None` if it is not one.
     pub(crate) fn decode(body: &[u8]) -> Option<Self> {
         let body: &[u8; SHARD_BYTES] = body.try_into().ok()?;
-        let [applied, applied_term, term, vote, commit, counter, volumes] =
+        let [applied, applied_term, term, vote, commit, counter, volumes, replica, floor] =
             std::array::from_fn(|n| u64::from_le_bytes(body.as_chunks().0[n]));
         Some(Self {
             applied: LogIndex(applied),
@@ -110,6 +122,8 @@ impl ShardRecord {
             hard_state: HardState { term: Term(term), vote, commit: LogIndex(commit) },
             counter: counter.cast_signed(),
             volumes_created: u32::try_from(volumes).ok()?,
+            replica: ReplicaId::new(replica),
+            log_floor: LogPosition(floor),
         })
     }
 }
@@ -169,6 +183,8 @@ mod tests {
             hard_state: HardState { term: Term(5), vote: 2, commit: LogIndex(101) },
             counter: -6,
             volumes_created: 9,
+            replica: ReplicaId::new(7),
+            log_floor: LogPosition(0x0011_2233_4455),
         };
         let key = 3_u32.to_le_bytes();
         let sealed = seal(&key, record.encode());

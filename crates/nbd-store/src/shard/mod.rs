@@ -25,6 +25,7 @@ pub(crate) mod pins;
 pub(crate) mod plan;
 pub(crate) mod reader;
 pub(crate) mod session;
+mod source;
 pub(crate) mod state;
 pub(crate) mod status;
 
@@ -32,7 +33,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use nbd_log::log::{LogPosition, LogReader};
-use nbd_topology::{LogIndex, ShardId, Term};
+use nbd_topology::{LogIndex, Membership, MembershipChange, ShardId, Term};
 use parking_lot::RwLock;
 
 use self::state::ShardState;
@@ -52,6 +53,27 @@ pub(crate) struct Shard {
     pub(crate) dirty: Arc<DirtyLog>,
 }
 
+/// What a committed entry asks for.
+#[derive(Debug, Clone, Copy)]
+pub enum Applied<'a> {
+    /// These commands.
+    Command(&'a Bytes),
+    /// A change of the group's membership.
+    Membership(MembershipChange),
+    /// Nothing: a new leader's first entry, or one without effect.
+    Empty,
+}
+
+impl Applied<'_> {
+    /// Bytes of log that are known to belong to the entry.
+    const fn data_len(self) -> u64 {
+        match self {
+            Self::Command(data) => data.len() as u64,
+            Self::Membership(_) | Self::Empty => 0,
+        }
+    }
+}
+
 /// Applies a shard's committed entries, in order. There is one for each shard.
 #[derive(Debug)]
 pub struct ShardWriter {
@@ -66,7 +88,6 @@ impl ShardWriter {
     /// Applies the entry at `index`, whose data begins at `data_position` in the log, and returns
     /// one outcome for each of its commands. No I/O, about a microsecond for a 4 KiB write.
     ///
-    /// An entry without data (a new leader's first, a membership change) only moves `applied`.
     /// When the data is malformed, the outcome for the bad command is the last.
     ///
     /// # Panics
@@ -75,12 +96,12 @@ impl ShardWriter {
         &mut self,
         index: LogIndex,
         term: Term,
-        data: &Bytes,
+        entry: Applied<'_>,
         data_position: LogPosition,
     ) -> Vec<Outcome> {
         let mut state = self.shard.state.write();
         let pending_before = state.active.pending_chunks();
-        let outcomes = state.apply(index, term, data, data_position);
+        let outcomes = state.apply(index, term, entry, data_position);
         let pending = state.active.pending_chunks();
         let has_cleared = state.active.has_cleared();
         // Before the lock is let go: a freeze must not come between the change and its count.
@@ -89,8 +110,14 @@ impl ShardWriter {
             self.shard.space.set_cleared(true);
         }
         drop(state);
-        self.shard.dirty.advance(data_position.plus(data.len() as u64));
+        self.shard.dirty.advance(data_position.plus(entry.data_len()));
         outcomes
+    }
+
+    /// The group's members as of the last entry applied.
+    #[must_use]
+    pub fn membership(&self) -> Membership {
+        self.shard.state.read().metadata.members.membership.clone()
     }
 
     /// The last entry applied.

@@ -56,6 +56,9 @@ pub enum ReadError {
         block: u64,
         /// Where the bad copy lies.
         place: Place,
+        /// The checksum that the block should have, if all of it should have been there: a good
+        /// copy of another replica may be found by it.
+        crc: Option<u32>,
     },
     /// The data file could not be read.
     #[error("cannot read the data file")]
@@ -407,6 +410,7 @@ impl ReadPlan {
             return Ok(());
         }
         let block = self.first_block() + at as u64;
-        Err(ReadError::Corrupt { volume: self.volume, block, place })
+        let crc = (bytes.len() == BLOCK).then_some(crc);
+        Err(ReadError::Corrupt { volume: self.volume, block, place, crc })
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use nbd_topology::{LogIndex, ShardId};
+use nbd_topology::{LogIndex, Membership, ShardId};
 
 use super::Shard;
 use super::plan::{ReadError, ReadPlan, Source};
@@ -12,6 +12,7 @@ use super::status::{self, Extent};
 use crate::chunk::meta::{ChunkMeta, HomeBlock};
 use crate::ids::{ChunkIndex, VolumeId};
 use crate::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, READ_BYTES_MAX, to_usize};
+use crate::members::{Formation, ReplicaInfo};
 use crate::outcome::{SessionInfo, VolumeInfo};
 use crate::overlay::{BlockBase, Layer, VolumeOverlay, ZeroKind};
 use crate::space::{Admission, AdmissionKind};
@@ -134,6 +135,25 @@ impl ShardReader {
         self.shard.state.read().metadata.counter
     }
 
+    /// The group's members as of the last entry applied.
+    #[must_use]
+    pub fn membership(&self) -> Membership {
+        self.shard.state.read().metadata.members.membership.clone()
+    }
+
+    /// The replicas that are known, by id.
+    #[must_use]
+    pub fn replicas(&self) -> Vec<ReplicaInfo> {
+        self.shard.state.read().metadata.members.replicas.values().cloned().collect()
+    }
+
+    /// What this replica knows of its group, once it was formed.
+    #[must_use]
+    pub fn formation(&self) -> Option<Formation> {
+        let state = self.shard.state.read();
+        state.replica.map(|replica| state.metadata.members.formation(replica))
+    }
+
     /// The volume with this id.
     #[must_use]
     pub fn volume(&self, id: VolumeId) -> Option<VolumeInfo> {
@@ -163,6 +183,7 @@ impl ShardReader {
                 id: *id,
                 epoch: session.epoch,
                 volume: session.volume,
+                owner: session.owner,
             })
             .collect()
     }

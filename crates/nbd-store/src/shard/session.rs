@@ -3,21 +3,23 @@
 //! Record in the metadata database, little-endian, sealed as in [`crate::chunk::record`]:
 //!
 //! ```text
-//! 0          4              8            16          24                56
-//! +----------+--------------+------------+-----------+-----------------+---------------------+
-//! | epoch u32| rejected u32 | volume u64 | low u64   | applied: 256 b. | rejected x 16 bytes |
-//! +----------+--------------+------------+-----------+-----------------+---------------------+
+//! 0          4              8            16         24            40                72
+//! +----------+--------------+------------+----------+-------------+-----------------+
+//! | epoch u32| rejected u32 | volume u64 | low u64  | owner 2xu64 | applied: 256 b. | ...
+//! +----------+--------------+------------+----------+-------------+-----------------+
+//! 72: rejected x 16 bytes
 //! ```
 //!
 //! Bit `seq % 256` of `applied` (byte `n / 8`, bit `n % 8`) stands for `seq` in `[low, low + 256)`.
 //! A rejected mutation counts as applied and is listed as `seq u64 | code u8 | 7 x 0`.
 
-use crate::ids::{Epoch, VolumeId};
+use crate::ids::{Epoch, Owner, VolumeId};
 use crate::limits::{SESSION_WINDOW, to_usize};
 use crate::outcome::{Outcome, Rejection};
 
 const WORDS: usize = to_usize(SESSION_WINDOW / 64);
-const FIXED_BYTES: usize = 24 + 8 * WORDS;
+const APPLIED_AT: usize = 40;
+const FIXED_BYTES: usize = APPLIED_AT + 8 * WORDS;
 const REJECTED_BYTES: usize = 16;
 
 /// One open session.
@@ -27,6 +29,8 @@ pub(crate) struct Session {
     pub(crate) epoch: Epoch,
     /// The volume it is attached to.
     pub(crate) volume: VolumeId,
+    /// Who opened it, or resumed it last.
+    pub(crate) owner: Owner,
     /// First sequence number of the window.
     low: u64,
     applied: [u64; WORDS],
@@ -47,8 +51,8 @@ pub(crate) enum Seen {
 
 impl Session {
     /// A session that has applied nothing.
-    pub(crate) const fn new(epoch: Epoch, volume: VolumeId) -> Self {
-        Self { epoch, volume, low: 0, applied: [0; WORDS], rejected: Vec::new() }
+    pub(crate) const fn new(epoch: Epoch, volume: VolumeId, owner: Owner) -> Self {
+        Self { epoch, volume, owner, low: 0, applied: [0; WORDS], rejected: Vec::new() }
     }
 
     const fn place(seq: u64) -> (usize, u64) {
@@ -106,6 +110,8 @@ impl Session {
         out.extend(rejected.to_le_bytes());
         out.extend(self.volume.0.to_le_bytes());
         out.extend(self.low.to_le_bytes());
+        out.extend(self.owner.node.to_le_bytes());
+        out.extend(self.owner.incarnation.to_le_bytes());
         for word in self.applied {
             out.extend(word.to_le_bytes());
         }
@@ -125,9 +131,10 @@ impl Session {
         if count as u64 > SESSION_WINDOW || rejected.len() != count * REJECTED_BYTES {
             return None;
         }
-        let mut session = Self::new(Epoch(u32_at(0)), VolumeId(u64_at(8)));
+        let owner = Owner { node: u64_at(24), incarnation: u64_at(32) };
+        let mut session = Self::new(Epoch(u32_at(0)), VolumeId(u64_at(8)), owner);
         session.low = u64_at(16);
-        for (word, at) in session.applied.iter_mut().zip((24..).step_by(8)) {
+        for (word, at) in session.applied.iter_mut().zip((APPLIED_AT..).step_by(8)) {
             *word = u64_at(at);
         }
         for entry in rejected.as_chunks::<REJECTED_BYTES>().0 {
@@ -142,9 +149,11 @@ impl Session {
 mod tests {
     use super::*;
 
+    const OWNER: Owner = Owner { node: 0x1122_3344_5566_7788, incarnation: 5 };
+
     #[test]
     fn a_number_counts_once() {
-        let mut session = Session::new(Epoch(1), VolumeId(1));
+        let mut session = Session::new(Epoch(1), VolumeId(1), OWNER);
         for seq in [5, 1, 300, 299] {
             assert_eq!(session.look(seq), Seen::New);
             session.record(seq, None);
@@ -158,7 +167,7 @@ mod tests {
 
     #[test]
     fn any_order_within_the_window() {
-        let mut session = Session::new(Epoch(1), VolumeId(1));
+        let mut session = Session::new(Epoch(1), VolumeId(1), OWNER);
         let mut done = std::collections::BTreeSet::new();
         let mut state = 12345_u64;
         for base in 0..2000_u64 {
@@ -180,7 +189,7 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        let mut session = Session::new(Epoch(7), VolumeId(0x3_0000_0001));
+        let mut session = Session::new(Epoch(7), VolumeId(0x3_0000_0001), OWNER);
         (1..299).for_each(|seq| session.record(seq, None));
         session.record(300, Some(Rejection::PastEnd));
         let mut key = 3_u32.to_le_bytes().to_vec();
@@ -192,7 +201,7 @@ mod tests {
 
     #[test]
     fn rejections_are_remembered_and_stored() {
-        let mut session = Session::new(Epoch(3), VolumeId(9));
+        let mut session = Session::new(Epoch(3), VolumeId(9), OWNER);
         session.record(1, None);
         session.record(2, Some(Rejection::PastEnd));
         assert_eq!(session.look(2), Seen::Before(Outcome::Rejected(Rejection::PastEnd)));

@@ -5,16 +5,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use nbd_log::log::LogPosition;
-use nbd_topology::{LogIndex, ShardId, Term};
+use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
 
+use super::Applied;
 use super::pins::Pin;
 use super::session::{Seen, Session};
 use crate::chunk::record::ShardRecord;
 use crate::command::{CommandHeader, CommandKind, CreateVolumeBody, DecodedCommand, decode_all};
-use crate::ids::{SessionId, VolumeId};
+use crate::fault::Faults;
+use crate::ids::{Epoch, Owner, SessionId, VolumeId};
 use crate::limits::{
     SESSIONS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUME_SIZE_MULTIPLE, VOLUMES_MAX,
 };
+use crate::members::{Members, decode_registration};
 use crate::outcome::{Outcome, Rejection, VolumeInfo};
 use crate::overlay::{Overlay, ZeroKind};
 
@@ -32,8 +35,6 @@ pub(crate) struct Metadata {
     pub(crate) applied: LogIndex,
     /// Its term.
     pub(crate) applied_term: Term,
-    /// Where its data begins in the log; `None` if it came from a checkpoint.
-    pub(crate) applied_position: Option<LogPosition>,
     /// The replicated counter.
     pub(crate) counter: i64,
     /// Number of volumes ever created.
@@ -42,6 +43,8 @@ pub(crate) struct Metadata {
     pub(crate) volumes: Arc<Volumes>,
     /// Open sessions.
     pub(crate) sessions: BTreeMap<SessionId, Session>,
+    /// The shard's replicas. Shared with the frozen copy until the next change.
+    pub(crate) members: Arc<Members>,
 }
 
 /// The state as it was at a freeze: what the checkpointer writes home.
@@ -55,6 +58,8 @@ pub(crate) struct Frozen {
 #[derive(Debug)]
 pub(crate) struct ShardState {
     pub(crate) shard: ShardId,
+    /// This replica's id, once the shard was formed.
+    pub(crate) replica: Option<ReplicaId>,
     pub(crate) metadata: Metadata,
     /// Newest layer.
     pub(crate) active: Overlay,
@@ -62,6 +67,7 @@ pub(crate) struct ShardState {
     pub(crate) frozen: Option<Arc<Frozen>>,
     /// Handed out to readers.
     pub(crate) pin: Arc<Pin>,
+    pub(crate) faults: Faults,
 }
 
 impl Volumes {
@@ -99,20 +105,23 @@ impl ShardState {
         &mut self,
         index: LogIndex,
         term: Term,
-        data: &[u8],
+        entry: Applied<'_>,
         position: LogPosition,
     ) -> Vec<Outcome> {
         assert_eq!(index, self.metadata.applied.next(), "entries are applied in order");
         let mut outcomes = Vec::new();
-        for command in decode_all(data) {
-            outcomes.push(match command {
-                Ok(command) => self.execute(index, &command, data, position),
-                Err(_) => Outcome::Rejected(Rejection::BadCommand),
-            });
+        match entry {
+            Applied::Command(data) => {
+                outcomes.extend(decode_all(data).map(|command| match command {
+                    Ok(command) => self.execute(index, &command, data, position),
+                    Err(_) => Outcome::Rejected(Rejection::BadCommand),
+                }));
+            }
+            Applied::Membership(change) => Arc::make_mut(&mut self.metadata.members).change(change),
+            Applied::Empty => {}
         }
         self.metadata.applied = index;
         self.metadata.applied_term = term;
-        self.metadata.applied_position = Some(position);
         outcomes
     }
 
@@ -141,6 +150,10 @@ impl ShardState {
                 self.metadata.counter = self.metadata.counter.wrapping_add(addend);
                 Outcome::Counter(self.metadata.counter)
             }
+            CommandKind::EndSessions => self.metadata.end_sessions(owner_of(header)),
+            CommandKind::RegisterReplica => {
+                self.metadata.register_replica(&data[command.payload.clone()])
+            }
         }
     }
 
@@ -156,13 +169,16 @@ impl ShardState {
         let Some(session) = self.metadata.sessions.get_mut(&header.session) else {
             return Outcome::Rejected(Rejection::UnknownSession);
         };
-        if header.epoch < session.epoch {
+        if header.epoch < session.epoch && !self.faults.takes_old_epochs() {
             return Outcome::Rejected(Rejection::StaleEpoch);
         }
         if header.epoch > session.epoch {
             return Outcome::Rejected(Rejection::BadCommand);
         }
-        match session.look(header.seq) {
+        let seen = session.look(header.seq);
+        let is_new = seen == Seen::New;
+        match seen {
+            Seen::Before(Outcome::Done) if self.faults.applies_again() => {}
             Seen::Before(outcome) => return outcome,
             Seen::Behind => return Outcome::Rejected(Rejection::BadCommand),
             Seen::New => {}
@@ -174,7 +190,9 @@ impl ShardState {
             Some(volume) if header.offset + header.length > volume.size => Err(Rejection::PastEnd),
             Some(volume) => Ok(volume.size),
         };
-        session.record(header.seq, verdict.err());
+        if is_new {
+            session.record(header.seq, verdict.err());
+        }
         match verdict {
             Ok(size) => {
                 mutate(&mut self.active, index, command, data, position, size);
@@ -183,6 +201,11 @@ impl ShardState {
             Err(rejection) => Outcome::Rejected(rejection),
         }
     }
+}
+
+/// The owner that a command names.
+const fn owner_of(header: &CommandHeader) -> Owner {
+    Owner { node: header.offset, incarnation: header.length }
 }
 
 /// Applies a mutation that is known to be good.
@@ -217,27 +240,34 @@ impl Metadata {
         Self {
             applied: record.applied,
             applied_term: record.applied_term,
-            applied_position: None,
             counter: record.counter,
             volumes_created: record.volumes_created,
             volumes: Arc::default(),
             sessions: BTreeMap::new(),
+            members: Arc::default(),
         }
     }
 
     fn open_session(&mut self, header: &CommandHeader) -> Outcome {
+        let owner = owner_of(header);
+        if header.session == SessionId::NONE || header.epoch < Epoch::FIRST {
+            return Outcome::Rejected(Rejection::BadCommand);
+        }
         if let Some(session) = self.sessions.get_mut(&header.session) {
-            if header.epoch < session.epoch {
+            // The same epoch asked for twice is a command sent again, but not from someone else.
+            let is_taken = header.epoch == session.epoch && owner != session.owner;
+            if header.epoch < session.epoch || is_taken {
                 return Outcome::Rejected(Rejection::StaleEpoch);
             }
             if header.volume != session.volume {
                 return Outcome::Rejected(Rejection::BadCommand);
             }
-            session.epoch = header.epoch;
+            (session.epoch, session.owner) = (header.epoch, owner);
             return Outcome::SessionOpened;
         }
-        if header.session == SessionId::NONE {
-            return Outcome::Rejected(Rejection::BadCommand);
+        if header.epoch > Epoch::FIRST {
+            // It was ended. Opened anew, it would apply what it had applied before.
+            return Outcome::Rejected(Rejection::UnknownSession);
         }
         if self.volumes.get(header.volume).is_none() {
             return Outcome::Rejected(Rejection::UnknownVolume);
@@ -245,7 +275,8 @@ impl Metadata {
         if self.sessions.len() >= SESSIONS_MAX {
             return Outcome::Rejected(Rejection::LimitReached);
         }
-        self.sessions.insert(header.session, Session::new(header.epoch, header.volume));
+        let session = Session::new(header.epoch, header.volume, owner);
+        self.sessions.insert(header.session, session);
         Outcome::SessionOpened
     }
 
@@ -259,6 +290,24 @@ impl Metadata {
                 self.sessions.remove(&header.session);
                 Outcome::SessionClosed
             }
+        }
+    }
+
+    fn end_sessions(&mut self, owner: Owner) -> Outcome {
+        let before = self.sessions.len();
+        let stays = |of: Owner| of.node != owner.node || of.incarnation == owner.incarnation;
+        self.sessions.retain(|_, session| stays(session.owner));
+        let ended = before - self.sessions.len();
+        Outcome::SessionsEnded(u32::try_from(ended).expect("sessions are bounded"))
+    }
+
+    fn register_replica(&mut self, body: &[u8]) -> Outcome {
+        let Some(new) = decode_registration(body) else {
+            return Outcome::Rejected(Rejection::BadCommand);
+        };
+        match Arc::make_mut(&mut self.members).register(new) {
+            Some(info) => Outcome::ReplicaRegistered(info),
+            None => Outcome::Rejected(Rejection::LimitReached),
         }
     }
 

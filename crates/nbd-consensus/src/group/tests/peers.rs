@@ -1,15 +1,13 @@
 //! One replica of three, and what peers may and may not make it do.
 
-use protobuf::Message as _;
 use raft::eraftpb::{Entry as RaftEntry, Message, MessageType};
 
 use super::*;
-use crate::effect::OutMessage;
+use crate::error::MessageError;
 
 fn of_three() -> Group {
-    let mut config = config();
-    config.voters = vec![ONE, TWO, THREE];
-    Group::new(config, recovered(2, 3, 5)).unwrap()
+    let from = Recovered { membership: three(), ..recovered(2, 3, 5) };
+    Group::new(GroupConfig { restarted: false, ..config() }, from).unwrap()
 }
 
 fn message(kind: MessageType, term: u64) -> Message {
@@ -28,7 +26,7 @@ fn append_of(term: u64, index: u64, log_term: u64, entries: &[(u64, u64)], commi
 }
 
 fn deliver(group: &mut Group, message: &Message) -> Effects {
-    group.step(Input::Message(message.write_to_bytes().unwrap().into()))
+    group.step(NOW, Input::Message(message.write_to_bytes().unwrap().into()))
 }
 
 fn decoded(messages: &[OutMessage]) -> Vec<Message> {
@@ -38,7 +36,7 @@ fn decoded(messages: &[OutMessage]) -> Vec<Message> {
 #[test]
 fn a_vote_waits_for_the_disk() {
     let mut group = of_three();
-    group.step(Input::Tick);
+    group.step(NOW, Input::Tick);
     let mut ask = message(MessageType::MsgRequestVote, 5);
     (ask.index, ask.log_term) = (5, 1);
     let effects = deliver(&mut group, &ask);
@@ -49,14 +47,14 @@ fn a_vote_waits_for_the_disk() {
     assert_eq!(answers.len(), 1);
     assert_eq!(answers[0].msg_type, MessageType::MsgRequestVoteResponse);
     assert!(!answers[0].reject);
-    assert!(group.step(Input::Persisted(append.ready)).is_empty());
+    assert!(group.step(NOW, Input::Persisted(append.ready)).is_empty());
 }
 
 // Goal: an acknowledgement never overtakes the entries it is for, nor an earlier append's.
 #[test]
 fn append_responses_wait_for_the_disk_and_for_their_predecessors() {
     let mut group = of_three();
-    group.step(Input::Tick);
+    group.step(NOW, Input::Tick);
     let first = deliver(&mut group, &append_of(2, 5, 1, &[(6, 2)], 3));
     assert_eq!(first.send_now, []);
     assert_eq!(first.appends[0].entries.len(), 1);
@@ -72,8 +70,8 @@ fn append_responses_wait_for_the_disk_and_for_their_predecessors() {
     // Entries that were durable all along can be applied meanwhile.
     assert_eq!(second.apply, [committed(4, 1, "4", None)]);
 
-    assert!(group.step(Input::Persisted(first.appends[0].ready)).is_empty());
-    assert!(group.step(Input::Persisted(held.ready)).is_empty());
+    assert!(group.step(NOW, Input::Persisted(first.appends[0].ready)).is_empty());
+    assert!(group.step(NOW, Input::Persisted(held.ready)).is_empty());
     // With nothing outstanding there is nothing to wait for.
     let third = deliver(&mut group, &beat);
     assert_eq!((third.appends.len(), third.send_now.len()), (0, 1));
@@ -89,7 +87,7 @@ fn a_hard_state_claims_nothing_of_its_own_append() {
     // A checkpoint meanwhile claims only what is durable.
     assert_eq!(group.hard_state(), hard_state(2, None, 5));
     assert_eq!(effects.apply.len(), 3);
-    assert_eq!(group.step(Input::Persisted(effects.appends[0].ready)).apply.len(), 2);
+    assert_eq!(group.step(NOW, Input::Persisted(effects.appends[0].ready)).apply.len(), 2);
     assert_eq!(group.hard_state(), hard_state(2, None, 7));
 }
 
@@ -100,7 +98,7 @@ fn a_conflicting_tail_is_replaced() {
     assert_eq!(effects.appends[0].entries[0].index, LogIndex(4));
     let status = group.status();
     assert_eq!((status.last, status.persisted), (LogIndex(4), LogIndex(3)));
-    group.step(Input::Persisted(effects.appends[0].ready));
+    group.step(NOW, Input::Persisted(effects.appends[0].ready));
     assert_eq!(group.status().persisted, LogIndex(4));
 }
 
@@ -114,8 +112,8 @@ fn a_vote_that_arrives_before_the_disk_counts_as_lost() {
     assert_eq!((stands.send_now.len(), stands.appends[0].send_after_persist.len()), (0, 2));
     let grant = message(MessageType::MsgRequestVoteResponse, 3);
     assert!(deliver(&mut group, &grant).is_empty());
-    group.step(Input::Persisted(first.appends[0].ready));
-    group.step(Input::Persisted(stands.appends[0].ready));
+    group.step(NOW, Input::Persisted(first.appends[0].ready));
+    group.step(NOW, Input::Persisted(stands.appends[0].ready));
     let wins = deliver(&mut group, &grant);
     assert_eq!(wins.role_changed.unwrap().role, Role::Leader);
     assert_eq!(wins.appends[0].entries, [entry(7, 3, "")]);
@@ -126,7 +124,7 @@ fn a_vote_that_arrives_before_the_disk_counts_as_lost() {
 #[test]
 fn broken_peers_are_refused() {
     let mut group = of_three();
-    group.step(Input::Tick);
+    group.step(NOW, Input::Tick);
     let before = group.status();
     let mut check = |message: &Message, refused: MessageError| {
         let effects = deliver(&mut group, message);
@@ -141,7 +139,8 @@ fn broken_peers_are_refused() {
     check(&Message { to: 0, ..beat.clone() }, MessageError::Recipient { to: 0 });
     check(&Message { from: 1, ..beat.clone() }, MessageError::Sender { from: 1 });
     check(&Message { from: 0, ..beat.clone() }, MessageError::Sender { from: 0 });
-    check(&Message { from: 4, ..beat.clone() }, MessageError::Sender { from: 4 });
+    let answer = message(MessageType::MsgHeartbeatResponse, 1);
+    check(&Message { from: 4, ..answer }, MessageError::Sender { from: 4 });
     check(&Message { term: 0, ..beat.clone() }, MessageError::Range { value: 0 });
     check(&Message { term: u64::MAX, ..beat.clone() }, MessageError::Range { value: u64::MAX });
     check(&Message { index: u64::MAX, ..beat.clone() }, MessageError::Range { value: u64::MAX });
@@ -151,7 +150,6 @@ fn broken_peers_are_refused() {
         MessageType::MsgHup,
         MessageType::MsgBeat,
         MessageType::MsgPropose,
-        MessageType::MsgSnapshot,
         MessageType::MsgUnreachable,
         MessageType::MsgSnapStatus,
         MessageType::MsgCheckQuorum,
@@ -180,20 +178,20 @@ fn every_truncation_of_a_message_is_survived() {
     let malformed = Effects { refused: Some(MessageError::Malformed), ..Effects::default() };
     let mut refused = 0;
     for end in 0..bytes.len() {
-        let effects = group.step(Input::Message(bytes[..end].to_vec().into()));
+        let effects = group.step(NOW, Input::Message(bytes[..end].to_vec().into()));
         assert!(effects.refused.is_some() || effects.appends.len() <= 1);
         refused += usize::from(effects == malformed);
     }
     assert!(refused > bytes.len() / 2, "{refused}");
-    group.step(Input::Message(vec![0xff; 100].into()));
+    group.step(NOW, Input::Message(vec![0xff; 100].into()));
 }
 
 #[test]
 fn a_leader_refuses_acknowledgements_of_what_it_does_not_have() {
     let mut group = of_three();
-    group.step(Input::Campaign);
+    group.step(NOW, Input::Campaign);
     let stands = deliver(&mut group, &message(MessageType::MsgRequestPreVoteResponse, 2));
-    group.step(Input::Persisted(stands.appends[0].ready));
+    group.step(NOW, Input::Persisted(stands.appends[0].ready));
     deliver(&mut group, &message(MessageType::MsgRequestVoteResponse, 2));
     assert_eq!(group.status().role, Role::Leader);
     let answer = message(MessageType::MsgAppendResponse, 2);

@@ -1,0 +1,142 @@
+//! What a [`ShardReplica`](crate::ShardReplica) is told, and what it wants done.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use nbd_consensus::{Append, Entry, HardState, OutMessage, ReadyNumber, SnapshotOffer};
+use nbd_log::log::LogPosition;
+use nbd_store::{EntryPlace, Outcome, ShardSnapshot};
+use nbd_topology::{LogIndex, MembershipChange, ReplicaId, Term};
+
+/// One event.
+#[derive(Debug)]
+pub enum Event<R> {
+    /// One unit of time has passed. After a pause, one tick and not the backlog.
+    Tick,
+    /// A message from a peer; its checksum, and those of all payloads in it, are right.
+    Message(Bytes),
+    /// Put these commands into the log, in this order, and answer each.
+    Propose(Vec<(Bytes, R)>),
+    /// Answer when a read that starts then sees everything acknowledged before now.
+    Barrier(R),
+    /// Change who belongs to the group, and answer when that is in force here.
+    ChangeMembership(MembershipChange, R),
+    /// A log write, and all earlier ones, are on stable storage.
+    Persisted(Persisted),
+    /// The entries of a [`FetchPlan`], or none if the log could not be read.
+    Fetched {
+        /// The `first` of the plan.
+        first: LogIndex,
+        /// The entries, with the places' index, term and kind.
+        entries: Vec<Entry>,
+    },
+    /// A checkpoint of everything up to this entry is durable.
+    Checkpointed {
+        /// The last entry in it.
+        applied: LogIndex,
+        /// That entry's term.
+        term: Term,
+        /// Lowest entry of this group that the node's log still has, if it has any.
+        first_kept: Option<LogIndex>,
+    },
+    /// The connection to the leader broke: a hint, never a proof, of its death.
+    LeaderLost,
+    /// The stream to this peer broke.
+    PeerUnreachable(ReplicaId),
+    /// Hand leadership to this replica.
+    TransferLeader(ReplicaId),
+    /// Stand for election now: for a group of one voter.
+    Campaign,
+    /// Everything that this snapshot needs is in the store; what is left is to install it.
+    ResyncReady(ShardSnapshot),
+    /// The store was switched to the snapshot of an [`InstallPlan`], durably.
+    Installed,
+}
+
+/// One append of the group is on stable storage, together with all earlier ones.
+#[derive(Debug)]
+pub struct Persisted {
+    /// Its number.
+    pub ready: ReadyNumber,
+    /// Where each of its entries lies, in index order.
+    pub places: Vec<EntryPlace>,
+}
+
+/// What came of a command, a barrier or a change of membership.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// The command was applied.
+    Outcome(Outcome),
+    /// A read that starts now sees everything acknowledged before the barrier was asked for.
+    Ready,
+    /// The change is in force, or has no effect.
+    Changed,
+    /// The change was refused: ask again later, or never, as the reason says.
+    Refused(nbd_consensus::RejectReason),
+    /// Nothing was logged, since this replica does not lead. The leader, if known.
+    NotLeader(Option<ReplicaId>),
+    /// It may or may not have happened, or may yet happen: leadership was lost meanwhile.
+    Lost,
+}
+
+/// Entries to be read from the log for a follower that lags.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FetchPlan {
+    /// The first entry wanted.
+    pub first: LogIndex,
+    /// Where the entries lie; empty if they are not kept any more.
+    pub places: Vec<EntryPlace>,
+}
+
+/// The store is to be switched to a snapshot: [`nbd_store::Checkpointer::install`].
+#[derive(Debug)]
+pub struct InstallPlan {
+    /// What it is switched to.
+    pub snapshot: ShardSnapshot,
+    /// Newest term and vote of this replica.
+    pub hard_state: HardState,
+    /// Everything written for this group before this position is void from then on.
+    pub log_floor: LogPosition,
+}
+
+/// What a step wants done. The lists are in order; between them there is none.
+#[derive(Debug)]
+pub struct Actions<R> {
+    /// For the log, in order. Their messages are kept back by the replica itself.
+    pub appends: Vec<Append>,
+    /// For the peers, at once.
+    pub send: Vec<OutMessage>,
+    /// For whoever asked.
+    pub answers: Vec<(R, Answer)>,
+    /// Entries to be read.
+    pub fetch: Vec<FetchPlan>,
+    /// The leader's log no longer reaches back to this replica's end: a resync is needed.
+    pub snapshot_offered: Option<SnapshotOffer>,
+    /// A resync has come to its last step. No step but [`Event::Installed`] matters until then.
+    pub install: Option<InstallPlan>,
+    /// The last [`Event::ResyncReady`] is not needed: the log covers it.
+    pub resync_dropped: bool,
+    /// Members came, went or were promoted.
+    pub membership_changed: bool,
+    /// For each entry proposed here and applied now: the time from packing to applied.
+    pub commit_times: Vec<Duration>,
+    /// Entries above this index are worth keeping in the node's log.
+    pub keep_above: Option<LogIndex>,
+}
+
+impl<R> Default for Actions<R> {
+    fn default() -> Self {
+        Self {
+            appends: Vec::new(),
+            send: Vec::new(),
+            answers: Vec::new(),
+            fetch: Vec::new(),
+            snapshot_offered: None,
+            install: None,
+            resync_dropped: false,
+            membership_changed: false,
+            commit_times: Vec::new(),
+            keep_above: None,
+        }
+    }
+}
