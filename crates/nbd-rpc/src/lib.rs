@@ -1,4 +1,24 @@
-//! gRPC between nodes: types, clients and services generated from `/proto`.
+//! gRPC between nodes: types, clients and services generated from `/proto`, and what all of them
+//! share.
+//!
+//! It knows how nodes reach each other and how they tell that they belong together; what they say
+//! is up to the services.
+//!
+//! - [`v1`]: the generated code.
+//! - [`connect`]: [`channel`], [`server`] and [`incoming`], with one set of HTTP/2 settings.
+//! - [`identity`]: protocol version, cluster, node, directory and replica, checked alike everywhere.
+//! - [`error`]: [`Refusal`], what a service tells a caller that it turns away, and [`reason`], why a
+//!   call failed.
+//! - [`limits`]: sizes and times.
+
+pub mod connect;
+pub mod error;
+pub mod identity;
+pub mod limits;
+
+pub use connect::{InvalidAddress, channel, incoming, server};
+pub use error::{Refusal, is_refusal, reason};
+pub use limits::MESSAGE_BYTES_MAX;
 
 /// Version 1 of the protocol between nodes, as generated.
 #[allow(

@@ -1,0 +1,316 @@
+//! The state of one session as its client sees it.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use nbd_store::limits::SESSION_WINDOW;
+use nbd_store::{Epoch, Outcome, Rejection, SessionId};
+
+use crate::command::with_epoch;
+use crate::fault::{Fault, Faults};
+
+/// Where a session stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attachment {
+    /// Nobody is being asked. What is pending waits for the next attempt.
+    Detached,
+    /// An attempt with this epoch is under way.
+    Attaching(Epoch),
+    /// A leader has opened or resumed the session with this epoch.
+    Attached(Epoch),
+    /// The log does not know the session: it was ended, and what is pending may or may not have
+    /// taken effect. (Before the first attachment nothing was sent; start over with another id.)
+    Gone,
+}
+
+/// Something that is asked of the shard and changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Query {
+    /// The bytes of a range.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Bytes wanted.
+        len: u64,
+        /// Whether runs of zeroes may be told instead of sent.
+        holes: bool,
+    },
+    /// Which parts of a range are allocated.
+    BlockStatus {
+        /// First byte.
+        offset: u64,
+        /// Bytes asked about.
+        len: u64,
+        /// Extents wanted at most.
+        extents_max: u32,
+    },
+}
+
+/// Number of a query in its session. Never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct QueryId(pub u64);
+
+/// What came of a mutation's answer.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict<T> {
+    /// Of an attachment that was given up, or a repetition: to be forgotten.
+    Ignored,
+    /// The mutation is done with.
+    Answered(T, Outcome),
+    /// The answer says that the attachment is dead: the session is detached, and the mutation stays
+    /// pending.
+    Detached,
+    /// The answer says that the session was ended: [`Attachment::Gone`].
+    Gone,
+}
+
+/// What a new attachment has to send, in this order, before anything else.
+#[derive(Debug)]
+pub struct Resend {
+    /// Sequence numbers and commands, with the attachment's epoch, lowest first.
+    pub mutations: Vec<(u64, Bytes)>,
+    /// Queries, oldest first. Between them and the mutations there is no order.
+    pub queries: Vec<(QueryId, Query)>,
+}
+
+#[derive(Debug)]
+struct Mutation<T> {
+    /// As it was sent last; the epoch may be an older one.
+    command: Bytes,
+    token: T,
+}
+
+/// One session: its pending requests and its attachment. `T` is whatever the owner needs to answer
+/// a request.
+///
+/// **Invariants.** Epochs only rise. Every sequence number is reserved once; of those pending, the
+/// highest is less than [`SESSION_WINDOW`] above the lowest, so that the log always knows a
+/// mutation that it has applied from a new one. Every token given in comes out once, or is left
+/// when the session is [`Attachment::Gone`].
+#[derive(Debug)]
+pub struct ClientSession<T> {
+    id: SessionId,
+    attachment: Attachment,
+    /// Of the newest attempt; 0 before the first.
+    epoch: Epoch,
+    next_seq: u64,
+    mutations: BTreeMap<u64, Mutation<T>>,
+    next_query: u64,
+    queries: BTreeMap<QueryId, (Query, T)>,
+    faults: Faults,
+}
+
+impl<T> ClientSession<T> {
+    /// A session that the log does not know yet. `id` is 128 random bits, never used before.
+    #[must_use]
+    pub const fn new(id: SessionId) -> Self {
+        Self {
+            id,
+            attachment: Attachment::Detached,
+            epoch: Epoch(0),
+            next_seq: 1,
+            mutations: BTreeMap::new(),
+            next_query: 1,
+            queries: BTreeMap::new(),
+            faults: Faults(None),
+        }
+    }
+
+    /// The same with a bug in it.
+    #[must_use]
+    pub const fn with_fault(mut self, fault: Option<Fault>) -> Self {
+        self.faults = Faults(fault);
+        self
+    }
+
+    /// Its identity.
+    #[must_use]
+    pub const fn id(&self) -> SessionId {
+        self.id
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub const fn attachment(&self) -> Attachment {
+        self.attachment
+    }
+
+    /// The newest epoch asked for: what a command made now should carry. 0 before the first
+    /// attempt.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Whether nothing is pending.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.mutations.is_empty() && self.queries.is_empty()
+    }
+
+    /// Begins an attempt to attach, and gives up whatever attachment or attempt there was: its
+    /// answers are ignored from now on. The caller asks the leader to open the session with the
+    /// epoch returned.
+    ///
+    /// # Panics
+    /// If the session is gone, or was resumed 2^32 times.
+    pub fn begin_attach(&mut self) -> Epoch {
+        assert!(self.attachment != Attachment::Gone, "a session that is gone stays so");
+        self.epoch = Epoch(self.epoch.0.checked_add(1).expect("epochs last for decades"));
+        self.attachment = Attachment::Attaching(self.epoch);
+        self.epoch
+    }
+
+    /// The log has opened the session with `epoch`. Gives everything pending, to be sent now;
+    /// `None` if that attempt was given up.
+    pub fn attached(&mut self, epoch: Epoch) -> Option<Resend> {
+        if self.attachment != Attachment::Attaching(epoch) {
+            return None;
+        }
+        self.attachment = Attachment::Attached(epoch);
+        let mutations = self.mutations.iter_mut().map(|(seq, mutation)| {
+            mutation.command = with_epoch(std::mem::take(&mut mutation.command), epoch);
+            (*seq, mutation.command.clone())
+        });
+        let mutations = mutations.collect();
+        let queries = self.queries.iter().map(|(id, (query, _))| (*id, *query)).collect();
+        Some(Resend { mutations, queries })
+    }
+
+    /// The attempt with `epoch` came to nothing: no leader, no connection, no answer in time, or a
+    /// verdict of the log. Says whether the session is gone by that.
+    pub fn attach_failed(&mut self, epoch: Epoch, verdict: Option<Rejection>) -> bool {
+        if self.attachment == Attachment::Attaching(epoch) {
+            let gone = verdict == Some(Rejection::UnknownSession);
+            self.attachment = if gone { Attachment::Gone } else { Attachment::Detached };
+        }
+        self.attachment == Attachment::Gone
+    }
+
+    /// The attachment with `epoch` is dead: its leader is not any more, or the connection broke.
+    pub fn detached(&mut self, epoch: Epoch) {
+        if self.attachment == Attachment::Attached(epoch) {
+            self.attachment = Attachment::Detached;
+        }
+    }
+
+    /// Whether `count` more mutations may be reserved beside the pending ones, of which the lowest
+    /// reserved one is `oldest`.
+    #[must_use]
+    pub const fn has_room(&self, oldest: Option<u64>, count: u64) -> bool {
+        let oldest = match oldest {
+            Some(oldest) => oldest,
+            None => self.next_seq,
+        };
+        (self.next_seq - oldest).saturating_add(count) <= SESSION_WINDOW
+    }
+
+    /// The sequence number that is reserved next.
+    #[must_use]
+    pub const fn next_seq(&self) -> u64 {
+        self.next_seq
+    }
+
+    /// Reserves `count` sequence numbers and gives the first. Numbers that are never submitted
+    /// leave a gap, which harms nobody. The caller holds to [`has_room`](Self::has_room).
+    pub const fn reserve(&mut self, count: u64) -> u64 {
+        let first = self.next_seq;
+        self.next_seq += count;
+        first
+    }
+
+    /// Takes a mutation in. Gives the command if it is to be sent now, over the attachment there
+    /// is; else it is sent once there is one.
+    ///
+    /// # Panics
+    /// If `seq` was not reserved, was submitted before, or is out of the window.
+    pub fn submit(&mut self, seq: u64, command: Bytes, token: T) -> Option<Bytes> {
+        assert!(seq < self.next_seq, "sequence number {seq} was not reserved");
+        if let (Some((first, _)), Some((last, _))) =
+            (self.mutations.first_key_value(), self.mutations.last_key_value())
+        {
+            let (first, last) = (seq.min(*first), seq.max(*last));
+            assert!(last - first < SESSION_WINDOW, "{first} and {last} are not in one window");
+        }
+        let (command, now) = match self.attachment {
+            Attachment::Attached(epoch) => {
+                let command = with_epoch(command, epoch);
+                (command.clone(), Some(command))
+            }
+            _ => (command, None),
+        };
+        let before = self.mutations.insert(seq, Mutation { command, token });
+        assert!(before.is_none(), "sequence number {seq} was submitted twice");
+        now
+    }
+
+    /// The command of a pending mutation, as the current attachment sends it.
+    #[must_use]
+    pub fn command(&self, seq: u64) -> Option<&Bytes> {
+        self.mutations.get(&seq).map(|mutation| &mutation.command)
+    }
+
+    /// The attachment with `epoch` has answered a mutation.
+    pub fn mutation_answered(&mut self, epoch: Epoch, seq: u64, outcome: Outcome) -> Verdict<T> {
+        if !self.is_current(epoch) {
+            return Verdict::Ignored;
+        }
+        let current = self.attachment == Attachment::Attached(epoch);
+        match outcome {
+            Outcome::Rejected(Rejection::StaleEpoch) if current => {
+                self.attachment = Attachment::Detached;
+                return Verdict::Detached;
+            }
+            Outcome::Rejected(Rejection::UnknownSession) if current => {
+                self.attachment = Attachment::Gone;
+                return Verdict::Gone;
+            }
+            _ => {}
+        }
+        match self.mutations.remove(&seq) {
+            Some(mutation) => Verdict::Answered(mutation.token, outcome),
+            None => Verdict::Ignored,
+        }
+    }
+
+    /// The attachment with `epoch` has refused a mutation and not put it into the log. It is not
+    /// sent again; give its token the error. (An earlier attachment may have applied it: as with
+    /// every write that fails, its effect is open.)
+    pub fn mutation_refused(&mut self, epoch: Epoch, seq: u64) -> Option<T> {
+        if !self.is_current(epoch) {
+            return None;
+        }
+        self.mutations.remove(&seq).map(|mutation| mutation.token)
+    }
+
+    /// Takes a query in. The flag says whether to send it now.
+    pub fn query(&mut self, query: Query, token: T) -> (QueryId, bool) {
+        let id = QueryId(self.next_query);
+        self.next_query += 1;
+        self.queries.insert(id, (query, token));
+        (id, matches!(self.attachment, Attachment::Attached(_)))
+    }
+
+    /// The attachment with `epoch` has answered a query, well or badly. `None`: to be forgotten.
+    pub fn query_answered(&mut self, epoch: Epoch, id: QueryId) -> Option<T> {
+        if !self.is_current(epoch) {
+            return None;
+        }
+        self.queries.remove(&id).map(|(_, token)| token)
+    }
+
+    /// Gives up everything pending, mutations first, oldest first: the owner is leaving.
+    pub fn abandon(&mut self) -> Vec<T> {
+        let mutations = std::mem::take(&mut self.mutations).into_values().map(|m| m.token);
+        let queries = std::mem::take(&mut self.queries).into_values().map(|(_, token)| token);
+        mutations.chain(queries).collect()
+    }
+
+    fn is_current(&self, epoch: Epoch) -> bool {
+        let stale = epoch < self.epoch && self.faults.forwards_stale_replies();
+        stale || self.attachment == Attachment::Attached(epoch)
+    }
+}
+
+#[cfg(test)]
+mod tests;
