@@ -42,6 +42,7 @@ pub mod outcome;
 mod overlay;
 pub mod recovery;
 mod shard;
+mod snapshot;
 pub mod space;
 pub mod transfer;
 

@@ -18,14 +18,14 @@ use nbd_log::log::{
     HardState, Log, LogOpenError, LogOptions, LogPosition, LogReadError, LogReader, LogWriter,
     ScannedRecord, SegmentPool,
 };
-use nbd_topology::{ClusterName, MembershipChange, NodeName, ShardId};
+use nbd_topology::{ClusterName, LogIndex, MembershipChange, NodeName, ShardId};
 use parking_lot::RwLock;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use crate::checkpoint::{Checkpointer, CheckpointerParts};
 use crate::chunk::Base;
-use crate::chunk::database::{self, Contents, Database, MetadataError};
+use crate::chunk::database::{self, Database, MetadataError};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
 use crate::dirty::DirtyLog;
@@ -33,7 +33,6 @@ use crate::fault::{Faults, StoreFault};
 use crate::identity::{Identity, IdentityError, LOCK_FILE};
 use crate::limits::CHUNK_BYTES;
 use crate::members::Formation;
-use crate::outcome::VolumeInfo;
 use crate::overlay::Overlay;
 use crate::recovery::{MissingEntries, RaftRecovered, ReplayError, ShardScan};
 use crate::shard::pins::{Pin, PinGate};
@@ -285,7 +284,7 @@ impl Home {
         };
         let (data, slots) = open_data().map_err(io_error("open the data file"))?;
         let slots = database.slot_map(slots)?;
-        let contents = database.contents()?;
+        let contents = database.contents(None)?;
         let found: BTreeSet<ShardId> = contents.shards.iter().map(|(id, _)| *id).collect();
         if found != *wanted {
             let (expected, found) = (wanted.iter(), found.iter());
@@ -294,14 +293,14 @@ impl Home {
         }
         let base = Arc::new(Base::new(database, data, cache_bytes));
         let records = contents.shards.iter().copied().collect();
-        Ok(Self { base, records, metadata: metadata_of(contents)?, slots })
+        Ok(Self { base, records, metadata: Metadata::sort(contents)?, slots })
     }
 }
 
 impl Home {
-    /// Takes over the votes found in the log, and frees what an earlier run had no time to free:
-    /// were the log full of it, nothing could be appended, and no checkpoint would have a reason to
-    /// run.
+    /// Takes over the votes found in the log, and lets the log know what it need not hold any more:
+    /// were it full of that, nothing could be appended, and no checkpoint would have a reason to
+    /// run. Nothing is freed yet, for followers may want it.
     fn settle(
         &mut self,
         scans: &BTreeMap<ShardId, ShardScan>,
@@ -330,31 +329,6 @@ impl Home {
     }
 }
 
-/// Sorts the database's contents by shard.
-fn metadata_of(contents: Contents) -> Result<BTreeMap<ShardId, Metadata>, MetadataError> {
-    let Contents { shards, members, volumes, sessions } = contents;
-    let mut all: BTreeMap<ShardId, Metadata> =
-        shards.iter().map(|(id, record)| (*id, Metadata::of_record(record))).collect();
-    let stray = |table| move || MetadataError::Damaged { table };
-    for (shard, members) in members {
-        let metadata = all.get_mut(&shard).ok_or_else(stray("members"))?;
-        metadata.members = Arc::new(members);
-    }
-    for volume in volumes {
-        let VolumeInfo { id, .. } = &volume;
-        let metadata = all.get_mut(&id.shard()).ok_or_else(stray("volumes"))?;
-        if metadata.volumes.by_name(&volume.name).is_some() {
-            return Err(MetadataError::Damaged { table: "volumes" });
-        }
-        Arc::make_mut(&mut metadata.volumes).insert(volume);
-    }
-    for (shard, id, session) in sessions {
-        let metadata = all.get_mut(&shard).ok_or_else(stray("sessions"))?;
-        metadata.sessions.insert(id, session);
-    }
-    Ok(all)
-}
-
 /// Opens and scans the log. Also returns where it ends, roughly.
 fn open_log(
     disk: &Arc<dyn Disk>,
@@ -366,6 +340,9 @@ fn open_log(
     let mut scans: BTreeMap<_, _> =
         records.iter().map(|(id, record)| (*id, ShardScan::new(*id, *record))).collect();
     let mut foreign = None;
+    // For each shard the entries that lie behind its log floor, in the floor's own segment.
+    let mut behind: BTreeMap<ShardId, (LogIndex, LogIndex)> = BTreeMap::new();
+    let segment_of = |position: LogPosition| position.0 / options.segment_bytes;
     // The first segment has the sequence number 1.
     let mut end = LogPosition(options.segment_bytes);
     let mut visit = |record: ScannedRecord<'_>, position: LogPosition| {
@@ -379,7 +356,16 @@ fn open_log(
             (Some(scan), ScannedRecord::HardState(_, hard_state)) => {
                 scan.see_hard_state(hard_state);
             }
-            (Some(scan), ScannedRecord::Entry(entry)) => scan.see_entry(&entry, position),
+            (Some(scan), ScannedRecord::Entry(entry)) => {
+                let floor = records[&shard].log_floor;
+                if position >= floor && segment_of(position) == segment_of(floor) {
+                    let (lowest, highest) =
+                        behind.entry(shard).or_insert((entry.index, entry.index));
+                    *lowest = entry.index.min(*lowest);
+                    *highest = entry.index.max(*highest);
+                }
+                scan.see_entry(&entry, position);
+            }
         }
     };
     let log_options = LogOptions {
@@ -391,6 +377,11 @@ fn open_log(
     let log = Log::open(disk, identity, log_options, Box::new(rng), &mut visit)?;
     match foreign {
         Some(shard) => Err(OpenError::ForeignShard { shard }),
-        None => Ok((log, scans, end)),
+        None => {
+            for (shard, record) in records {
+                log.segments.void(*shard, record.log_floor, behind.get(shard).copied());
+            }
+            Ok((log, scans, end))
+        }
     }
 }

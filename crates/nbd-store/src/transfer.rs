@@ -167,6 +167,10 @@ pub enum ReceiveError {
         /// What was applied here.
         applied: LogIndex,
     },
+    /// Many chunks came home here while they were being transferred. The manifest has to be walked
+    /// once more; what is here already need not be fetched again.
+    #[error("chunks changed here since the source was asked for them")]
+    Overtaken,
     /// The store has no room, or failed.
     #[error(transparent)]
     Store(#[from] CheckpointError),

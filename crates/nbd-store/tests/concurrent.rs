@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use common::{BLOCK, MIB, Node, Op, SESSION, options, pattern};
 use nbd_log::io::FileDisk;
-use nbd_store::{Epoch, Outcome, ReadError, StoreOptions, encode_trim, encode_write};
+use nbd_store::{Applied, Epoch, Outcome, ReadError, StoreOptions, encode_trim, encode_write};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -127,7 +127,7 @@ fn readers_see_old_or_new_but_never_a_mixture() {
         };
         index = index.next();
         let position = append(&mut log, index, node.term, &data);
-        let outcomes = writer.apply(index, node.term, &data, position);
+        let outcomes = writer.apply(index, node.term, Applied::Command(&data), position);
         assert!(outcomes.iter().all(|outcome| *outcome == Outcome::Done));
         numbers[register][0].store(number, Ordering::SeqCst);
     }

@@ -11,12 +11,12 @@ mod common;
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{BLOCK, CHUNK, MIB, Model, Node, Op, SESSION, SHARD, options, pattern};
+use common::{BLOCK, CHUNK, MIB, Model, Node, OWNER, Op, SESSION, SHARD, options, pattern};
 use nbd_log::io::{CrashStyle, MemoryDisk};
 use nbd_log::log::{EntryKind, EntryRecord, HardState, LogPosition, Record};
 use nbd_store::{
-    Epoch, OpenError, Outcome, Place, ReadError, Rejection, SessionId, StoreOptions, VolumeId,
-    encode_add_counter, encode_close_session, encode_create_volume, encode_open_session,
+    Applied, Epoch, OpenError, Outcome, Place, ReadError, Rejection, SessionId, StoreOptions,
+    VolumeId, encode_add_counter, encode_close_session, encode_create_volume, encode_open_session,
     encode_trim, encode_write,
 };
 use nbd_topology::{LogIndex, ShardId, Term};
@@ -137,7 +137,7 @@ fn corrupt_block(node: &Node, volume: VolumeId, offset: u64) -> (u64, Place) {
             Err(error) => Err(error),
         };
         match result {
-            Err(ReadError::Corrupt { volume: found, block, place }) => {
+            Err(ReadError::Corrupt { volume: found, block, place, .. }) => {
                 assert_eq!(found, volume);
                 if !cached {
                     return (block, place);
@@ -240,14 +240,14 @@ fn each_mutation_counts_once() {
     assert_eq!(first_byte(&node), 4);
 
     // Resumed: the older epoch is refused, what it applied is still known.
-    let resume = encode_open_session(SESSION, Epoch(2), volume);
+    let resume = encode_open_session(SESSION, Epoch(2), volume, OWNER);
     assert_eq!(node.propose(resume).unwrap(), [Outcome::SessionOpened]);
     assert_eq!(node.propose(write(epoch, 6, 6)).unwrap(), rejected(Rejection::StaleEpoch));
     assert_eq!(node.propose(write(Epoch(2), 4, 9)).unwrap(), [Outcome::Done]);
     assert_eq!(first_byte(&node), 4);
     assert_eq!(node.propose(write(Epoch(2), 6, 7)).unwrap(), [Outcome::Done]);
     assert_eq!(first_byte(&node), 7);
-    let stale = encode_open_session(SESSION, epoch, volume);
+    let stale = encode_open_session(SESSION, epoch, volume, OWNER);
     assert_eq!(node.propose(stale).unwrap(), rejected(Rejection::StaleEpoch));
     let stale = encode_close_session(SESSION, epoch);
     assert_eq!(node.propose(stale).unwrap(), rejected(Rejection::StaleEpoch));
@@ -284,7 +284,7 @@ fn volumes_and_counters() {
     // A session is for the volume that it was opened on.
     let foreign = encode_write(SESSION, Epoch(1), 1, info.id, 0, &[1; 512]);
     assert_eq!(node.propose(foreign).unwrap(), bad);
-    let nowhere = encode_open_session(SessionId(8), Epoch(1), VolumeId(999));
+    let nowhere = encode_open_session(SessionId(8), Epoch(1), VolumeId(999), OWNER);
     assert_eq!(node.propose(nowhere).unwrap(), [Outcome::Rejected(Rejection::UnknownVolume)]);
     assert_eq!(node.propose(Bytes::from_static(b"nonsense")).unwrap(), bad);
     assert_eq!(node.propose(Bytes::new()).unwrap(), []);
@@ -361,7 +361,7 @@ fn freed_segments_take_no_hard_state_with_them() {
     drop(node);
     let node = Node::open(&disk).unwrap();
     assert_eq!((node.raft.hard_state.term, node.raft.hard_state.vote), (Term(77), 1));
-    assert!(node.raft.compacted.0 > LogIndex(80) && node.raft.compacted.1 == Term(77));
+    assert!(node.raft.compacted.0 > LogIndex(20) && node.raft.compacted.1 == Term(77));
 }
 
 #[test]
@@ -429,14 +429,14 @@ fn a_log_full_of_what_is_home_is_freed_at_opening() {
         let data = whole_chunk(seq as usize % 8, seq).encode(seq, volume);
         let entry = EntryRecord { shard: SHARD, index, term, kind, data: &data };
         let Ok(positions) = node.log.append(&[Record::Entry(entry)]) else { break };
-        node.writer.apply(index, term, &data, positions[0]);
+        node.writer.apply(index, term, Applied::Command(&data), positions[0]);
         node.index = index;
     }
     node.checkpoint().unwrap();
     // Freed in memory only: nothing was written to the log since.
     drop(node);
     let mut node = Node::open(&disk).unwrap();
-    assert_eq!(node.raft.applied, node.raft.compacted.0);
+    assert_eq!(node.raft.tail, []);
     for more in 0..100 {
         let op = whole_chunk(0, more);
         assert_eq!(node.propose(op.encode(seq + more, volume)).unwrap(), [Outcome::Done]);

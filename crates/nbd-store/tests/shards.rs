@@ -12,12 +12,12 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use bytes::Bytes;
-use common::{CHUNK, Op, SESSION, options};
+use common::{CHUNK, OWNER, Op, SESSION, options};
 use nbd_log::io::MemoryDisk;
 use nbd_log::log::{EntryKind, EntryRecord, HardState, LogWriter, Record};
 use nbd_store::{
-    Epoch, NodeStore, Outcome, RecoveredShard, StoreOptions, VolumeId, encode_create_volume,
-    encode_open_session,
+    Applied, Epoch, NodeStore, Outcome, RecoveredShard, StoreOptions, VolumeId,
+    encode_create_volume, encode_open_session,
 };
 use nbd_topology::{LogIndex, ShardId, Term};
 
@@ -33,14 +33,14 @@ fn propose(log: &mut LogWriter, shard: &mut RecoveredShard, data: &Bytes) -> Vec
     let kind = EntryKind::Command;
     let entry = EntryRecord { shard: shard.shard, index, term, kind, data };
     let positions = log.append(&[Record::Entry(entry)]).unwrap();
-    shard.writer.apply(index, term, data, positions[0])
+    shard.writer.apply(index, term, Applied::Command(data), positions[0])
 }
 
 fn prepare(log: &mut LogWriter, shard: &mut RecoveredShard) -> VolumeId {
     let create = encode_create_volume("v", 8 * CHUNK as u64, "").unwrap();
     let created = propose(log, shard, &create);
     let [Outcome::VolumeCreated(info)] = &created[..] else { panic!("{created:?}") };
-    propose(log, shard, &encode_open_session(SESSION, Epoch(1), info.id));
+    propose(log, shard, &encode_open_session(SESSION, Epoch(1), info.id, OWNER));
     info.id
 }
 
@@ -82,7 +82,8 @@ fn shards_share_a_node_and_nothing_else() {
             // Nothing said that the last entries are committed.
             for shard in &mut store.shards {
                 for entry in std::mem::take(&mut shard.raft.tail) {
-                    shard.writer.apply(entry.index, entry.term, &entry.data, entry.position);
+                    let applied = Applied::Command(&entry.data);
+                    shard.writer.apply(entry.index, entry.term, applied, entry.position);
                 }
             }
         }

@@ -191,7 +191,7 @@ fn a_checkpoint_without_room_changes_nothing_and_is_made_up_for() {
     let index = all.node.index;
     drop(all.node);
     all.node = Node::open(&all.disk).unwrap();
-    assert_eq!(all.node.raft.compacted.0, index);
+    assert_eq!(all.node.raft.applied, index);
     all.check();
 }
 

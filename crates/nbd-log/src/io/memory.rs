@@ -47,6 +47,8 @@ struct State {
     capacity: Option<u64>,
     locks: BTreeSet<String>,
     cached_reads: bool,
+    /// Bytes, by file, that the next read gives with a bit flipped.
+    flips: Vec<(u64, u64)>,
 }
 
 /// The error of every operation on a disk that has crashed.
@@ -87,6 +89,7 @@ impl MemoryDisk {
             capacity,
             locks: BTreeSet::new(),
             cached_reads: true,
+            flips: Vec::new(),
         };
         Self { shared: Arc::new(Mutex::new(state)) }
     }
@@ -143,6 +146,13 @@ impl MemoryDisk {
         state.file(id).flip_bit(offset);
     }
 
+    /// As [`MemoryDisk::flip_bit`], but on the way: only the next read of that byte sees it.
+    pub fn flip_bit_once(&self, name: &str, offset: u64) {
+        let mut state = self.shared.lock();
+        let id = state.names.file(name).expect("the file exists");
+        state.flips.push((id, offset));
+    }
+
     /// The disk as found after a loss of power, in a style drawn from the seed.
     #[must_use]
     pub fn after_crash(&self, seed: u64) -> Self {
@@ -196,6 +206,17 @@ impl State {
 
     fn file(&mut self, id: u64) -> &mut FileImage {
         self.files.get_mut(&id).expect("an open file keeps its image")
+    }
+
+    /// Reads, and flips the bits that were planned.
+    fn read(&mut self, id: u64, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file(id).read(buf, offset)?;
+        self.flips.retain(|&(file, at)| {
+            let place = at.checked_sub(offset).filter(|_| file == id);
+            let byte = place.and_then(|place| buf.get_mut(usize::try_from(place).ok()?));
+            byte.map(|byte| *byte ^= 1).is_none()
+        });
+        Ok(())
     }
 
     fn used(&self) -> u64 {
@@ -334,7 +355,7 @@ impl DiskFile for MemoryFile {
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.disk.run(|state| state.file(self.id).read(buf, offset))
+        self.disk.run(|state| state.read(self.id, buf, offset))
     }
 
     fn try_read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
@@ -344,7 +365,7 @@ impl DiskFile for MemoryFile {
             if !state.cached_reads || !whole {
                 return Ok(false);
             }
-            file.read(buf, offset).map(|()| true)
+            state.read(self.id, buf, offset).map(|()| true)
         })
     }
 

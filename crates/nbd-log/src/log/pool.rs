@@ -237,18 +237,17 @@ impl SegmentPool {
     }
 
     /// The shard's entries before this position are void: they are kept for nobody, whatever their
-    /// index. Nothing of the shard may be under way to the log.
-    pub fn void(&self, shard: ShardId, before: LogPosition) {
-        let size = self.options.segment_bytes;
+    /// index. `behind` is the lowest and highest index of its entries behind the position in the
+    /// same segment; nothing of the shard may be on its way to the log.
+    pub fn void(&self, shard: ShardId, before: LogPosition, behind: Option<(LogIndex, LogIndex)>) {
+        let cut = before.0 / self.options.segment_bytes;
         let mut state = self.state.lock();
-        let active = state.live.back().map(|segment| segment.seq);
-        for segment in &mut state.live {
-            // Of the segment that the position lies in, only the active one is known to hold none
-            // of the shard's entries behind it.
-            let end = if Some(segment.seq) == active { segment.seq } else { segment.seq + 1 };
-            if end * size <= before.0 {
-                segment.indexes.remove(&shard);
-            }
+        for segment in state.live.iter_mut().filter(|segment| segment.seq <= cut) {
+            let left = behind.filter(|_| segment.seq == cut);
+            match left {
+                Some(indexes) => segment.indexes.insert(shard, indexes),
+                None => segment.indexes.remove(&shard),
+            };
         }
     }
 

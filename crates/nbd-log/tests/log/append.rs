@@ -9,7 +9,8 @@ use nbd_log::log::{AppendError, LogOptions, LogPosition, LogReadError, OptionsEr
 use nbd_topology::{LogIndex, ShardId};
 
 use crate::support::{
-    BLOCK, Kept, OPTIONS, Opened, SEGMENT, entry, hard_state, open, open_with, payload, read_file,
+    BLOCK, Kept, OPTIONS, Opened, SEGMENT, entry, free, hard_state, open, open_with, payload,
+    read_file,
 };
 
 fn covered(index: u64) -> BTreeMap<ShardId, LogIndex> {
@@ -116,8 +117,8 @@ fn full_then_freed_then_recycled() {
     assert!(!segments.prepare_spare().unwrap());
     assert_eq!(disk.sync_points(), points);
     // The third segment is covered in half.
-    assert_eq!(segments.free_through(&covered(5)), 2);
-    assert_eq!(segments.free_through(&covered(5)), 0);
+    assert_eq!(free(&segments, &covered(5)), 2);
+    assert_eq!(free(&segments, &covered(5)), 0);
     let (next, _) = fill_segments(&mut log, next, 2);
     let refused = log.append(&[entry(0, next, payload(next, 100_000))]);
     assert!(matches!(refused, Err(AppendError::Full)));
@@ -126,7 +127,7 @@ fn full_then_freed_then_recycled() {
     assert_eq!(found.len(), 12);
     assert!(found[0] == entry(0, 5, found[0].data().unwrap().clone()));
     // Everything may go but the active segment.
-    assert_eq!(segments.free_through(&covered(u64::MAX)), 5);
+    assert_eq!(free(&segments, &covered(u64::MAX)), 5);
     assert!(segments.live_bytes() <= SEGMENT);
 }
 
@@ -138,9 +139,9 @@ fn only_whole_prefixes_are_freed() {
     log.append(&[entry(9, 1, payload(0, 10))]).unwrap();
     fill_segments(&mut log, 1, 3);
     // The first segment holds an entry of a shard that is not covered; later ones do not.
-    assert_eq!(segments.free_through(&covered(u64::MAX)), 0);
+    assert_eq!(free(&segments, &covered(u64::MAX)), 0);
     let both = BTreeMap::from([(ShardId(0), LogIndex(100)), (ShardId(9), LogIndex(1))]);
-    assert_eq!(segments.free_through(&both), 2);
+    assert_eq!(free(&segments, &both), 2);
 }
 
 // Goal: bytes of an earlier use of a file are never read as part of the log.
@@ -159,7 +160,7 @@ fn stale_batches_of_a_recycled_segment_are_not_read() {
         last
     };
     let last = append_while(&|live| live <= 3 * SEGMENT);
-    assert_eq!(segments.free_through(&covered(last)), 3);
+    assert_eq!(free(&segments, &covered(last)), 3);
     let files = disk.list("log").unwrap();
     let last = append_while(&|live| live <= SEGMENT);
     assert_eq!(segments.live_bytes(), SEGMENT + 2 * BLOCK);
@@ -186,9 +187,9 @@ fn a_pin_keeps_freed_segments_readable() {
         Ok::<_, LogReadError>(())
     };
     let first = reader.pin();
-    assert_eq!(segments.free_through(&covered(2)), 1);
+    assert_eq!(free(&segments, &covered(2)), 1);
     let second = reader.pin();
-    assert_eq!(segments.free_through(&covered(4)), 1);
+    assert_eq!(free(&segments, &covered(4)), 1);
     let third = reader.pin();
     // A later group waits for the pins of earlier ones.
     drop(second);
@@ -203,7 +204,7 @@ fn a_pin_keeps_freed_segments_readable() {
     assert!(matches!(read(3), Err(LogReadError::Freed { .. })));
     (4..8).try_for_each(read).unwrap();
     // The pin that is left is of the present epoch: it holds what is live now.
-    assert_eq!(segments.free_through(&covered(6)), 1);
+    assert_eq!(free(&segments, &covered(6)), 1);
     assert_eq!(segments.release(), 2);
     read(4).unwrap();
     drop(third);
@@ -271,7 +272,7 @@ fn a_full_disk_refuses_a_new_segment_and_nothing_else() {
     assert!(log.log.segments.prepare_spare().is_err());
     assert_eq!(disk.list("log").unwrap().len(), 2);
     log.append(&[hard_state(0, 1, 1, 1)]).unwrap();
-    log.log.segments.free_through(&covered(2));
+    free(&log.log.segments, &covered(2));
     log.append(&record).unwrap();
     assert_eq!(open(&disk, 2).records().last(), record.last());
 }
@@ -300,18 +301,18 @@ fn the_newest_hard_states_are_kept_at_hand() {
     let disk = MemoryDisk::new(1);
     let mut log = open(&disk, 1);
     let segments = Arc::clone(&log.log.segments);
-    assert!(segments.hard_states().is_empty());
+    assert!(segments.hard_states().states.is_empty());
     log.append(&[hard_state(0, 1, 1, 0), hard_state(1, 7, 0, 3), hard_state(0, 2, 3, 9)]).unwrap();
     let states = segments.hard_states();
     let newest = [(0, hard_state(0, 2, 3, 9)), (1, hard_state(1, 7, 0, 3))];
     for (shard, expected) in newest {
-        assert_eq!(Kept::HardState(ShardId(shard), states[&ShardId(shard)]), expected);
+        assert_eq!(Kept::HardState(ShardId(shard), states.states[&ShardId(shard)]), expected);
     }
     disk.fail_sync_at(disk.sync_points() + 1);
     log.append(&[hard_state(0, 3, 3, 10)]).unwrap_err();
     assert_eq!(segments.hard_states(), states);
     assert_eq!(segments.file_bytes(), SEGMENT);
-    assert!(open(&disk, 2).log.segments.hard_states().is_empty());
+    assert!(open(&disk, 2).log.segments.hard_states().states.is_empty());
 }
 
 #[test]

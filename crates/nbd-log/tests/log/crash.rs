@@ -9,7 +9,7 @@ use nbd_topology::{LogIndex, ShardId};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::support::{Kept, OPTIONS, Opened, SEGMENT, entry, hard_state, open_with, payload};
+use crate::support::{Kept, OPTIONS, Opened, SEGMENT, entry, free, hard_state, open_with, payload};
 
 /// Three segments: every rotation but the first ones recycles, often a file freed just before.
 const SMALL: LogOptions = LogOptions { log_bytes_max: 3 * SEGMENT, ..OPTIONS };
@@ -81,7 +81,7 @@ impl Ledger {
         let freeable = self.issued.iter().position(uncovered).unwrap_or(self.issued.len());
         self.freeable = self.freeable.max(freeable);
         let covered = [0, 1].map(|shard| (ShardId(shard), LogIndex(through)));
-        log.log.segments.free_through(&BTreeMap::from(covered));
+        free(&log.log.segments, &BTreeMap::from(covered));
     }
 }
 
@@ -179,7 +179,7 @@ fn a_torn_header_of_a_recycled_segment_is_no_loss() {
     let mut log = open_with(Arc::new(disk.clone()), SMALL, 1).unwrap();
     let entries: Vec<_> = (1..=7).map(|i| entry(0, i, payload(i, 400_000))).collect();
     log.append(&entries[..6]).unwrap();
-    log.log.segments.free_through(&BTreeMap::from([(ShardId(0), LogIndex(2))]));
+    free(&log.log.segments, &BTreeMap::from([(ShardId(0), LogIndex(2))]));
     // A closing batch, then the header.
     disk.crash_at(disk.sync_points() + 2);
     assert!(matches!(log.append(&entries[6..]), Err(AppendError::Write { .. })));

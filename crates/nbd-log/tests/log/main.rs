@@ -7,4 +7,5 @@ mod damage;
 mod file_disk;
 mod golden;
 mod model;
+mod retention;
 mod support;

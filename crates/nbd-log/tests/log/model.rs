@@ -8,7 +8,7 @@ use nbd_log::log::{AppendError, LogOptions, LogPin, LogPosition};
 use nbd_topology::{LogIndex, ShardId};
 use proptest::prelude::*;
 
-use crate::support::{Kept, OPTIONS, Opened, SEGMENT, entry, hard_state, open_with, payload};
+use crate::support::{Kept, OPTIONS, Opened, SEGMENT, entry, free, hard_state, open_with, payload};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -84,7 +84,7 @@ impl Model {
         let first = self.written.iter().position(uncovered).unwrap_or(self.written.len());
         self.freeable = self.freeable.max(first);
         let covered: BTreeMap<ShardId, LogIndex> = [(ShardId(0), *index)].into();
-        self.log.log.segments.free_through(&covered);
+        free(&self.log.log.segments, &covered);
     }
 
     fn reopen(&mut self) {

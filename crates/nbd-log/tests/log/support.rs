@@ -1,12 +1,13 @@
 //! Opening logs, and records that can be kept and compared.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use nbd_log::io::{Disk, MemoryDisk, OpenMode};
 use nbd_log::log::{
     AppendError, EntryKind, EntryRecord, HardState, Log, LogIdentity, LogOpenError, LogOptions,
-    LogPosition, Record, ScannedRecord,
+    LogPosition, Record, ScannedRecord, SegmentPool,
 };
 use nbd_topology::{LogIndex, ShardId, Term};
 use rand::RngCore;
@@ -132,6 +133,11 @@ pub(crate) fn open_with(
 
 pub(crate) fn open(disk: &MemoryDisk, seed: u64) -> Opened {
     open_with(Arc::new(disk.clone()), OPTIONS, seed).unwrap()
+}
+
+/// Frees what is covered, as if the hard states written so far were stored elsewhere.
+pub(crate) fn free(segments: &SegmentPool, covered: &BTreeMap<ShardId, LogIndex>) -> usize {
+    segments.free_through(covered, &segments.hard_states())
 }
 
 pub(crate) fn read_file(disk: &dyn Disk, name: &str, offset: u64, len: usize) -> Vec<u8> {

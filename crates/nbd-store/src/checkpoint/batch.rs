@@ -12,6 +12,7 @@ use crate::chunk::Base;
 use crate::chunk::meta::{ChunkKey, ChunkMeta, HomeBlock};
 use crate::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, CHECKPOINT_BATCH_BYTES, CHUNK_BYTES, to_usize};
 use crate::overlay::{Fragment, FragmentSource, LogBlock};
+use crate::transfer::DamagedChunk;
 
 const BLOCK: usize = to_usize(BLOCK_BYTES);
 
@@ -64,6 +65,8 @@ pub(super) struct Written {
     pub(super) chunks: Vec<(ChunkKey, ChunkMeta)>,
     pub(super) blocks: u64,
     pub(super) corrupt_blocks: u64,
+    /// The chunks of those blocks, each once.
+    pub(super) damaged: Vec<DamagedChunk>,
 }
 
 impl Batch {
@@ -97,8 +100,7 @@ impl Batch {
         self.jobs.sort_unstable_by_key(|job| job.target);
         self.buffer.resize(self.jobs.len() * BLOCK);
         self.fetch(base, log)?;
-        let mut written =
-            Written { blocks: self.jobs.len() as u64, corrupt_blocks: 0, chunks: Vec::new() };
+        let mut written = Written { blocks: self.jobs.len() as u64, ..Written::default() };
         for (at, job) in self.jobs.iter().enumerate() {
             let block = &mut self.buffer[at * BLOCK..(at + 1) * BLOCK];
             let (key, meta) = &mut self.chunks[job.chunk];
@@ -122,6 +124,11 @@ impl Batch {
             }
             if !whole {
                 written.corrupt_blocks += 1;
+                let (volume, chunk) = *key;
+                let damaged = DamagedChunk { volume, chunk, last_index: meta.last_index };
+                if !written.damaged.contains(&damaged) {
+                    written.damaged.push(damaged);
+                }
                 let block = key.1.0 * BLOCKS_PER_CHUNK as u64 + job.block as u64;
                 tracing::error!(volume = %key.0, block, "the only copy of a block is damaged");
             }

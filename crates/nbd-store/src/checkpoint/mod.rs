@@ -44,10 +44,11 @@ use redb::WriteTransaction;
 
 use self::batch::Batch;
 use self::place::Placing;
+use self::receive::Receiving;
 use self::work::Work;
 use crate::chunk::Base;
 use crate::chunk::database::{self, MetadataError};
-use crate::chunk::meta::{ChunkKey, ChunkMeta};
+use crate::chunk::meta::{ChunkKey, ChunkMeta, Slot};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
 use crate::dirty::DirtyLog;
@@ -151,6 +152,8 @@ pub struct Checkpointer {
     gate: Arc<PinGate>,
     gauge: CheckpointGauge,
     batch: Batch,
+    /// Shards that take over chunks of other replicas.
+    receiving: BTreeMap<ShardId, Receiving>,
     faults: Faults,
     failed: bool,
 }
@@ -204,12 +207,15 @@ impl Round {
 
 impl Checkpointer {
     pub(crate) fn new(parts: CheckpointerParts) -> Self {
-        let CheckpointerParts { disk, base, shards, records, slots, log, segments, gate, .. } =
-            parts;
+        let CheckpointerParts {
+            disk, base, shards, records, mut slots, log, segments, gate, ..
+        } = parts;
         let (dirty, space, log_bytes) = (parts.dirty, parts.space, parts.log_bytes);
         space.set_free_slots(slots.free());
         let gauge = CheckpointGauge { dirty, space, log_bytes };
-        let (batch, faults, failed) = (Batch::default(), parts.faults, false);
+        let (batch, receiving, failed) = (Batch::default(), BTreeMap::new(), false);
+        let faults = parts.faults;
+        slots.reuse_early(faults.reuses_slots_early());
         Self {
             disk,
             base,
@@ -221,6 +227,7 @@ impl Checkpointer {
             gate,
             gauge,
             batch,
+            receiving,
             faults,
             failed,
         }
@@ -262,15 +269,29 @@ impl Checkpointer {
         &mut self,
         pace: &mut dyn FnMut(u64),
     ) -> Result<CheckpointReport, CheckpointError> {
+        let covered = self.gauge.dirty.covered();
+        let result = self.attempt(|this| this.try_run(pace));
+        self.gauge.space.set_starved(matches!(result, Err(CheckpointError::NoSpace)));
+        if result.is_err() {
+            // Still to be covered.
+            self.gauge.dirty.start(covered);
+        }
+        result
+    }
+
+    /// Does something that may fail half-way, after which nothing else is done if that was fatal.
+    fn attempt<T, E>(
+        &mut self,
+        action: impl FnOnce(&mut Self) -> Result<T, E>,
+    ) -> Result<T, CheckpointError>
+    where
+        CheckpointError: From<E>,
+    {
         if self.failed {
             return Err(CheckpointError::Failed);
         }
-        let covered = self.gauge.dirty.covered();
-        let result = self.try_run(pace);
-        self.gauge.space.set_starved(matches!(result, Err(CheckpointError::NoSpace)));
+        let result = action(self).map_err(CheckpointError::from);
         if let Err(error) = &result {
-            // Still to be covered.
-            self.gauge.dirty.start(covered);
             self.failed = error.is_fatal();
             self.slots.aborted();
             // The file may have grown. The disk's answer is of no interest on this way out.
@@ -383,6 +404,10 @@ impl Checkpointer {
             if list_ends && !is_last && !any_left {
                 return Err(CheckpointError::NoSpace);
             }
+            if self.faults.frees_log_early() {
+                let applied = freeze.shards.iter().map(|(s, f)| (s.id, f.metadata.applied));
+                self.segments.free_through(&applied.collect(), &self.segments.hard_states());
+            }
             self.base.data().sync().map_err(data_error)?;
             database::put_regions(&txn, self.slots.dirty_regions())?;
             let metadata = if is_last { Some(self.put_metadata(&txn, freeze)?) } else { None };
@@ -431,6 +456,7 @@ impl Checkpointer {
             report.blocks += written.blocks;
             report.bytes += bytes;
             report.corrupt_blocks += written.corrupt_blocks;
+            report.damaged.extend(written.damaged);
             drop(table);
             pace(bytes);
         }
@@ -491,10 +517,15 @@ impl Checkpointer {
                 drop(done);
             }
         }
+        self.free_slots(left);
+        Ok(())
+    }
+
+    /// Step 7, as far as it is about slots: those that a durable transaction left.
+    fn free_slots(&mut self, left: Vec<Slot>) {
         self.gate.wait(self.replace_pins());
         self.slots.release(left);
         self.gauge.space.set_free_slots(self.slots.free());
-        Ok(())
     }
 }
 

@@ -21,6 +21,10 @@ pub(super) enum Placing {
 impl Checkpointer {
     /// Gives one piece of work its place: its home in the table, or in the batch if there are
     /// blocks to write.
+    ///
+    /// A home that was changed by the same entry, or a newer one, holds the piece already and is
+    /// left alone: entries are replayed over a checkpoint that was cut short, and over chunks that
+    /// were fetched from a replica that is ahead.
     pub(super) fn place(
         &mut self,
         table: &mut ChunkTable<'_>,
@@ -29,8 +33,8 @@ impl Checkpointer {
         report: &mut CheckpointReport,
     ) -> Result<Placing, CheckpointError> {
         match work {
-            Work::Remove { volume, chunks } => {
-                database::remove_chunks(table, *volume, chunks, |home| {
+            Work::Remove { volume, chunks, index } => {
+                database::remove_chunks(table, *volume, chunks, *index, |home| {
                     self.slots.leave(home.slot);
                     report.chunks += 1;
                 })?;
@@ -39,12 +43,14 @@ impl Checkpointer {
             Work::Zero { volume, chunk, index } => {
                 let key = (*volume, *chunk);
                 let slot = match database::get_chunk(table, key)? {
+                    Some(home) if home.last_index >= *index => return Ok(Placing::Placed),
                     Some(home) => home.slot,
                     None => match self.take_slot(round)? {
                         Some(slot) => slot,
                         None => return Ok(Placing::OutOfSlots),
                     },
                 };
+                self.note_created(key);
                 let mut meta = ChunkMeta::new(slot);
                 meta.last_index = *index;
                 meta.zero = u16::MAX;
@@ -67,6 +73,9 @@ impl Checkpointer {
         report: &mut CheckpointReport,
     ) -> Result<Placing, CheckpointError> {
         let old = database::get_chunk(table, key)?;
+        if old.is_some_and(|old| old.last_index >= change.last_index()) {
+            return Ok(Placing::Placed);
+        }
         let mut meta = old.unwrap_or_else(|| ChunkMeta::new(Slot(0)));
         apply_change(&mut meta, change);
         if meta.is_hole() {
@@ -79,13 +88,16 @@ impl Checkpointer {
             return Ok(Placing::Placed);
         }
         // In place only what is whole in the log.
-        let moves = old.is_none() || change.is_split();
+        let moves = old.is_none() || (change.is_split() && !self.faults.splits_in_place());
         if moves {
             let Some(slot) = self.take_slot(round)? else { return Ok(Placing::OutOfSlots) };
             meta.slot = slot;
             if let Some(old) = old {
                 self.slots.leave(old.slot);
             }
+        }
+        if old.is_none() {
+            self.note_created(key);
         }
         self.batch.add_chunk(key, meta);
         let old_block = |block| old.map_or(HomeBlock::Hole, |old| old.block(block));
@@ -94,7 +106,7 @@ impl Checkpointer {
             let origin = match change.base(block) {
                 BlockBase::Log(source) => Origin::Log(source),
                 BlockBase::Cleared(_) => Origin::Zeroes,
-                BlockBase::Below if moves => old_block(block).into(),
+                BlockBase::Below if moves || !fragments.is_empty() => old_block(block).into(),
                 BlockBase::Below => continue,
             };
             self.batch.add_block(block, origin, fragments);
@@ -103,7 +115,7 @@ impl Checkpointer {
     }
 
     /// A slot that nothing refers to, growing the data file if need be.
-    fn take_slot(&mut self, round: &mut Round) -> Result<Option<Slot>, CheckpointError> {
+    pub(super) fn take_slot(&mut self, round: &mut Round) -> Result<Option<Slot>, CheckpointError> {
         if let Some(slot) = self.slots.take() {
             return Ok(Some(slot));
         }

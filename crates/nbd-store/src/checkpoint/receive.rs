@@ -1,25 +1,133 @@
-//! Taking over what other replicas have.
+//! Taking over what other replicas have: whole transfers, and single chunks as repairs.
+//!
+//! While a transfer is under way the shard's old state stays in force: its metadata, its log, its
+//! overlays. Chunks that were fetched are as new as the source's base or newer, and so hold all that
+//! any entry of the old log did to them. Those entries may still be applied, now or again after a
+//! crash, and checkpoints may run: `Checkpointer::place` leaves a home alone that is newer than a
+//! change. What it must not leave is a chunk that the source does not have, and that an entry of the
+//! old log brings back after it was removed: such chunks are noted, and go when the snapshot is
+//! installed. After a crash nothing is noted, but then the manifest is walked again from its start.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use nbd_log::io::AlignedBuf;
 use nbd_log::log::{HardState, LogPosition};
-use nbd_topology::ShardId;
+use nbd_topology::{LogIndex, ShardId};
+use redb::WriteTransaction;
 
-use super::{CheckpointError, Checkpointer};
-use crate::chunk::meta::ChunkKey;
-use crate::members::Formation;
+use super::{CheckpointError, Checkpointer, Round, data_error, newer_vote};
+use crate::chunk::database::{self, ChunkTable, MetadataError};
+use crate::chunk::meta::{ChunkKey, ChunkMeta};
+use crate::chunk::record::ShardRecord;
+use crate::limits::{
+    BLOCK_BYTES, BLOCKS_PER_CHUNK, CHANGES_PER_TRANSACTION_MAX, CHECKPOINT_BATCH_BYTES,
+    CHUNK_BYTES, to_usize,
+};
+use crate::members::{Formation, Members};
+use crate::shard::Shard;
+use crate::shard::state::Metadata;
+use crate::snapshot;
 use crate::transfer::{ChunkImage, ChunkRun, FormError, ReceiveError, ShardSnapshot};
+
+const BLOCK: usize = to_usize(BLOCK_BYTES);
+
+/// A transfer under way.
+#[derive(Debug, Default)]
+pub(super) struct Receiving {
+    /// Chunks that checkpoints gave a home which had none, since the source was asked for them.
+    created: BTreeSet<ChunkKey>,
+    /// There were too many of those to note them all.
+    overtaken: bool,
+}
+
+impl Receiving {
+    fn note(&mut self, key: ChunkKey) {
+        if self.created.len() < CHANGES_PER_TRANSACTION_MAX {
+            self.created.insert(key);
+        } else {
+            self.overtaken = true;
+        }
+    }
+
+    /// The source was asked for the chunks with keys in `(after, next]`.
+    fn checked(&mut self, after: Option<ChunkKey>, next: Option<ChunkKey>) {
+        self.created.retain(|key| {
+            after.is_some_and(|after| *key <= after) || next.is_some_and(|next| *key > next)
+        });
+    }
+}
+
+/// Chunks on their way to fresh slots.
+#[derive(Default)]
+struct Images {
+    buffer: AlignedBuf,
+    /// Where each block of the buffer goes.
+    targets: Vec<u64>,
+}
+
+impl Images {
+    fn add(&mut self, image: &ChunkImage, meta: &ChunkMeta) {
+        self.buffer.extend_from_slice(&image.data);
+        let present = (0..BLOCKS_PER_CHUNK).filter(|&at| meta.present & (1 << at) != 0);
+        self.targets.extend(present.map(|at| meta.slot.place(at)));
+    }
+
+    const fn is_full(&self) -> bool {
+        self.targets.len() as u64 * BLOCK_BYTES + CHUNK_BYTES > CHECKPOINT_BATCH_BYTES
+    }
+
+    /// Writes all, not durably yet.
+    fn write(&mut self, to: &Checkpointer) -> Result<(), CheckpointError> {
+        let (mut writes, mut first) = (Vec::new(), 0);
+        for run in self.targets.chunk_by(|a, b| a + BLOCK_BYTES == *b) {
+            writes.push((run[0], &self.buffer[first * BLOCK..(first + run.len()) * BLOCK]));
+            first += run.len();
+        }
+        to.base.data().write_many_at(&writes).map_err(data_error)?;
+        self.buffer.clear();
+        self.targets.clear();
+        Ok(())
+    }
+}
 
 impl Checkpointer {
     /// Makes a shard that was never formed here one of a group. Durable on return. Doing the same
     /// again does nothing.
     ///
     /// # Errors
-    /// [`FormError::AlreadyFormed`] if the shard was formed, or has changed since.
+    /// [`FormError::AlreadyFormed`] if the shard was formed differently, or anything was applied.
     pub fn form(&mut self, shard: ShardId, formation: &Formation) -> Result<(), FormError> {
-        _ = (shard, formation);
-        Err(FormError::Store(CheckpointError::Failed))
+        let target = self.find(shard).ok_or(FormError::UnknownShard)?;
+        let members = Arc::new(Members::of_formation(formation).ok_or(FormError::Invalid)?);
+        {
+            let state = target.state.read();
+            if state.replica == Some(formation.replica) && state.metadata.members == members {
+                return Ok(());
+            }
+            if state.replica.is_some() || state.metadata.applied != LogIndex::ZERO {
+                return Err(FormError::AlreadyFormed);
+            }
+        }
+        let record = ShardRecord { replica: Some(formation.replica), ..self.records[&shard] };
+        self.attempt(|this| {
+            let txn = this.base.database().write()?;
+            database::put_shard(&txn, shard, &record)?;
+            database::put_members(&txn, shard, &members)?;
+            txn.commit().map_err(MetadataError::from)
+        })?;
+        self.records.insert(shard, record);
+        let mut state = target.state.write();
+        state.replica = record.replica;
+        state.metadata.members = members;
+        Ok(())
     }
 
-    /// Takes over chunks of another replica. Durable on return, all or none.
+    /// Takes over chunks of another replica, of volumes known here or not. Durable on return, all or
+    /// none; those of which a newer version is at home are left out.
+    ///
+    /// The source's base must be at or behind every entry that this shard's log may still apply,
+    /// which is so if a snapshot of it is newer than the log; see [`crate::transfer`].
     ///
     /// # Errors
     /// [`ReceiveError::BadChunk`], or the store has no room or failed.
@@ -28,8 +136,20 @@ impl Checkpointer {
         shard: ShardId,
         images: Vec<ChunkImage>,
     ) -> Result<(), ReceiveError> {
-        _ = (shard, images);
-        Err(ReceiveError::Store(CheckpointError::Failed))
+        self.find(shard).ok_or(ReceiveError::UnknownShard)?;
+        images.iter().try_for_each(|image| check_image(shard, image))?;
+        self.receiving.entry(shard).or_default();
+        self.attempt(|this| {
+            this.put_images(&images, |home, image| {
+                home.is_none_or(|home| home.last_index <= image.last_index)
+            })
+        })?;
+        if let Some(receiving) = self.receiving.get_mut(&shard) {
+            images
+                .iter()
+                .for_each(|image| _ = receiving.created.remove(&(image.volume, image.chunk)));
+        }
+        Ok(())
     }
 
     /// Removes the chunks of the shard with keys in `(after, next]` (`None`: from the first, to the
@@ -44,14 +164,67 @@ impl Checkpointer {
         next: Option<ChunkKey>,
         present: &[ChunkRun],
     ) -> Result<u64, ReceiveError> {
-        _ = (shard, after, next, present);
-        Err(ReceiveError::Store(CheckpointError::Failed))
+        self.find(shard).ok_or(ReceiveError::UnknownShard)?;
+        self.receiving.entry(shard).or_default();
+        let mut present = present.to_vec();
+        present.sort_unstable_by_key(|run| (run.volume, run.start));
+        let is_absent = |(volume, chunk): ChunkKey| {
+            let at = present.partition_point(|run| (run.volume, run.start) <= (volume, chunk));
+            let run = at.checked_sub(1).map(|at| present[at]);
+            run.is_none_or(|run| run.volume != volume || run.end <= chunk)
+        };
+        let mut all_removed = 0;
+        loop {
+            let (removed, more) =
+                self.attempt(|this| this.remove_some(shard, (after, next), &is_absent))?;
+            all_removed += removed;
+            if !more {
+                break;
+            }
+        }
+        if let Some(receiving) = self.receiving.get_mut(&shard) {
+            receiving.checked(after, next);
+        }
+        Ok(all_removed)
     }
 
-    /// Puts a snapshot in the place of the shard's state. Atomic, durable on return.
+    /// Removes as many chunks as one transaction may. Returns their number, and whether that was
+    /// the bound.
+    fn remove_some(
+        &mut self,
+        shard: ShardId,
+        keys: (Option<ChunkKey>, Option<ChunkKey>),
+        is_absent: impl Fn(ChunkKey) -> bool,
+    ) -> Result<(u64, bool), CheckpointError> {
+        let (max, mut found) = (self.changes_max()?, 0);
+        let is_next = |key| {
+            let removes = found < max && is_absent(key);
+            found += usize::from(removes);
+            removes
+        };
+        let txn = self.base.database().write()?;
+        let mut changed = Vec::new();
+        let mut table = database::chunk_table(&txn)?;
+        database::remove_absent(&mut table, shard, keys, is_next, |key, home| {
+            self.slots.leave(home.slot);
+            changed.push((key, None));
+        })?;
+        drop(table);
+        let removed = changed.len();
+        self.commit_chunks(txn, changed)?;
+        Ok((removed as u64, removed == max))
+    }
+
+    /// Puts a snapshot in the place of the shard's state, once all chunks that its source had, and
+    /// none that it had not, are here. Atomic, durable on return; readers see the new state at once.
+    ///
+    /// `hard_state` is Raft's own, of which term and vote count. Entries of the shard that lie
+    /// before `log_floor` in the log ([`nbd_log::log::SegmentPool::next_position`]) are void from
+    /// then on; no entry of the shard may be on its way to the log.
     ///
     /// # Errors
-    /// [`ReceiveError::BadSnapshot`] or [`ReceiveError::Stale`], or the store failed.
+    /// [`ReceiveError::BadSnapshot`], [`ReceiveError::Stale`] or [`ReceiveError::Overtaken`], or the
+    /// store has no room or failed.
     pub fn install(
         &mut self,
         shard: ShardId,
@@ -59,12 +232,28 @@ impl Checkpointer {
         hard_state: HardState,
         log_floor: LogPosition,
     ) -> Result<(), ReceiveError> {
-        _ = (shard, snapshot, hard_state, log_floor);
-        Err(ReceiveError::Store(CheckpointError::Failed))
+        let target = self.find(shard).ok_or(ReceiveError::UnknownShard)?;
+        let metadata = snapshot::decode(shard, snapshot).ok_or(ReceiveError::BadSnapshot)?;
+        let applied = target.state.read().metadata.applied;
+        if metadata.applied < applied {
+            return Err(ReceiveError::Stale { snapshot: metadata.applied, applied });
+        }
+        let stray = self.receiving.get(&shard).map(|receiving| receiving.created.clone());
+        if self.receiving.get(&shard).is_some_and(|receiving| receiving.overtaken) {
+            self.receiving.insert(shard, Receiving::default());
+            return Err(ReceiveError::Overtaken);
+        }
+        self.attempt(|this| {
+            let record = this.record_of(shard, &metadata, hard_state, log_floor);
+            this.try_install(&target, record, metadata, &stray.unwrap_or_default())
+        })?;
+        self.receiving.remove(&shard);
+        self.segments.void(shard, log_floor, None);
+        Ok(())
     }
 
-    /// Puts a good copy in the place of a damaged one. `false`: the chunk has changed, or is not of
-    /// the version given.
+    /// Puts a good copy in the place of a damaged one. `false`: the chunk has changed since, or is
+    /// not of the version given.
     ///
     /// # Errors
     /// [`ReceiveError::BadChunk`], or the store has no room or failed.
@@ -73,7 +262,173 @@ impl Checkpointer {
         shard: ShardId,
         image: &ChunkImage,
     ) -> Result<bool, ReceiveError> {
-        _ = (shard, image);
-        Err(ReceiveError::Store(CheckpointError::Failed))
+        self.find(shard).ok_or(ReceiveError::UnknownShard)?;
+        check_image(shard, image)?;
+        let is_same = |home: &ChunkMeta, image: &ChunkImage| {
+            let content = (home.present, home.zero, home.crcs);
+            home.last_index == image.last_index
+                || content == (image.present, image.zero, image.crcs)
+        };
+        let images = std::slice::from_ref(image);
+        let replaced = self.attempt(|this| {
+            this.put_images(images, |home, image| home.is_some_and(|home| is_same(home, image)))
+        })?;
+        Ok(replaced > 0)
     }
+
+    fn find(&self, shard: ShardId) -> Option<Arc<Shard>> {
+        self.shards.iter().find(|found| found.id == shard).map(Arc::clone)
+    }
+
+    /// Notes that a chunk got a home that had none.
+    pub(super) fn note_created(&mut self, key: ChunkKey) {
+        if let Some(receiving) = self.receiving.get_mut(&key.0.shard()) {
+            receiving.note(key);
+        }
+    }
+
+    /// Gives the images homes in fresh slots where `wanted`, in one transaction. Returns how many
+    /// got one.
+    fn put_images(
+        &mut self,
+        images: &[ChunkImage],
+        wanted: impl Fn(Option<&ChunkMeta>, &ChunkImage) -> bool,
+    ) -> Result<u64, CheckpointError> {
+        if self.changes_max()? < images.len() {
+            return Err(CheckpointError::NoSpace);
+        }
+        let txn = self.base.database().write()?;
+        let mut table = database::chunk_table(&txn)?;
+        let (mut round, mut pieces) = (Round::default(), Images::default());
+        for image in images {
+            let key = (image.volume, image.chunk);
+            let old = database::get_chunk(&table, key)?;
+            if !wanted(old.as_ref(), image) {
+                continue;
+            }
+            let meta = self.home_for(image, &mut round)?;
+            if let Some(old) = old {
+                self.slots.leave(old.slot);
+            }
+            put_home(&mut table, key, meta, &mut round)?;
+            pieces.add(image, &meta);
+            if pieces.is_full() {
+                pieces.write(self)?;
+            }
+        }
+        drop(table);
+        pieces.write(self)?;
+        self.base.data().sync().map_err(data_error)?;
+        let put = round.changed.len() as u64;
+        self.commit_chunks(txn, round.changed)?;
+        Ok(put)
+    }
+
+    fn home_for(
+        &mut self,
+        image: &ChunkImage,
+        round: &mut Round,
+    ) -> Result<ChunkMeta, CheckpointError> {
+        let slot = self.take_slot(round)?.ok_or(CheckpointError::NoSpace)?;
+        let ChunkImage { last_index, present, zero, crcs, .. } = *image;
+        Ok(ChunkMeta { slot, last_index, present, zero, crcs })
+    }
+
+    /// Makes homes that changed durable, and lets go of the slots that were left.
+    fn commit_chunks(
+        &mut self,
+        txn: WriteTransaction,
+        changed: Vec<(ChunkKey, Option<ChunkMeta>)>,
+    ) -> Result<(), CheckpointError> {
+        database::put_regions(&txn, self.slots.dirty_regions())?;
+        txn.commit().map_err(MetadataError::from)?;
+        let left = self.slots.committed();
+        self.base.forget(changed, None);
+        self.gauge.space.measure(self.slots.free()).map_err(data_error)?;
+        self.free_slots(left);
+        Ok(())
+    }
+
+    /// The record of a shard whose state becomes `metadata`.
+    fn record_of(
+        &self,
+        shard: ShardId,
+        metadata: &Metadata,
+        hard_state: HardState,
+        log_floor: LogPosition,
+    ) -> ShardRecord {
+        let old = self.records[&shard];
+        let written = self.segments.hard_states().states.get(&shard).copied();
+        let known = newer_vote(old.hard_state, written.unwrap_or(old.hard_state));
+        ShardRecord {
+            applied: metadata.applied,
+            applied_term: metadata.applied_term,
+            hard_state: HardState { commit: metadata.applied, ..newer_vote(known, hard_state) },
+            counter: metadata.counter,
+            volumes_created: metadata.volumes_created,
+            replica: old.replica,
+            log_floor: log_floor.max(old.log_floor),
+        }
+    }
+
+    fn try_install(
+        &mut self,
+        target: &Shard,
+        record: ShardRecord,
+        metadata: Metadata,
+        stray: &BTreeSet<ChunkKey>,
+    ) -> Result<(), CheckpointError> {
+        let shard = target.id;
+        self.changes_max()?;
+        let txn = self.base.database().write()?;
+        let mut changed = Vec::new();
+        let mut table = database::chunk_table(&txn)?;
+        for &key in stray {
+            if let Some(home) = database::get_chunk(&table, key)? {
+                self.slots.leave(home.slot);
+                database::put_chunk(&mut table, key, None)?;
+                changed.push((key, None));
+            }
+        }
+        drop(table);
+        database::put_shard(&txn, shard, &record)?;
+        database::put_members(&txn, shard, &metadata.members)?;
+        database::remove_volumes(&txn, shard)?;
+        database::put_volumes(&txn, metadata.volumes.iter())?;
+        database::put_sessions(&txn, shard, &metadata.sessions)?;
+        database::put_regions(&txn, self.slots.dirty_regions())?;
+        txn.commit().map_err(MetadataError::from)?;
+        let left = self.slots.committed();
+        self.records.insert(shard, record);
+        let mut state = target.state.write();
+        let frozen = state.frozen.take();
+        let active = std::mem::take(&mut state.active);
+        state.metadata = metadata;
+        // Before the overlays go: under them the cache may have been behind.
+        self.base.forget(changed, None);
+        drop(state);
+        let frozen = frozen.as_ref().map_or(0, |frozen| frozen.overlay.pending_chunks());
+        self.gauge.space.pending_changed(active.pending_chunks() + frozen, 0);
+        self.gauge.space.measure(self.slots.free()).map_err(data_error)?;
+        self.free_slots(left);
+        Ok(())
+    }
+}
+
+fn put_home(
+    table: &mut ChunkTable<'_>,
+    key: ChunkKey,
+    meta: ChunkMeta,
+    round: &mut Round,
+) -> Result<(), MetadataError> {
+    database::put_chunk(table, key, Some(&meta))?;
+    round.changed.push((key, Some(meta)));
+    Ok(())
+}
+
+/// Refuses what is damaged or is not of the shard. Nothing a peer sends is trusted to be right.
+fn check_image(shard: ShardId, image: &ChunkImage) -> Result<(), ReceiveError> {
+    let ChunkImage { volume, chunk, .. } = *image;
+    let is_ours = volume.shard() == shard && image.is_sound();
+    is_ours.then_some(()).ok_or(ReceiveError::BadChunk { volume, chunk })
 }

@@ -12,7 +12,7 @@ use crate::shard::state::Frozen;
 #[derive(Debug, Clone)]
 pub(super) enum Work<'a> {
     /// These chunks have no home any more, except those that were written since.
-    Remove { volume: VolumeId, chunks: Range<ChunkIndex> },
+    Remove { volume: VolumeId, chunks: Range<ChunkIndex>, index: LogIndex },
     /// This chunk is allocated zeroes.
     Zero { volume: VolumeId, chunk: ChunkIndex, index: LogIndex },
     /// This chunk changed block by block.
@@ -32,8 +32,10 @@ pub(super) fn all<'a, 'f>(
 fn freeing(frozen: &Frozen) -> impl Iterator<Item = Work<'_>> {
     frozen.overlay.volumes().flat_map(|(volume, changes)| {
         let ranges = changes.cleared().filter(|(_, range)| range.kind == ZeroKind::Hole);
-        let ranges =
-            ranges.map(move |(start, range)| Work::Remove { volume, chunks: start..range.end });
+        let ranges = ranges.map(move |(start, range)| {
+            let (chunks, index) = (start..range.end, range.last_index);
+            Work::Remove { volume, chunks, index }
+        });
         let holes = changes.chunks().filter(|(_, change)| change.is_hole());
         ranges.chain(holes.map(move |(chunk, change)| Work::Change { volume, chunk, change }))
     })

@@ -14,11 +14,11 @@
 //! one more sync, and opening after a crash need not walk the whole file.
 
 use std::io;
-use std::ops::Range;
+use std::ops::{Bound, Range, RangeInclusive};
 use std::sync::Arc;
 
 use nbd_log::io::{Disk, DiskFile, OpenMode};
-use nbd_topology::ShardId;
+use nbd_topology::{LogIndex, ShardId};
 use redb::{
     Builder, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable, StorageBackend,
     Table, TableDefinition, WriteTransaction,
@@ -144,6 +144,16 @@ pub(crate) struct Contents {
     pub(crate) sessions: Vec<(ShardId, SessionId, Session)>,
 }
 
+/// Ids that volumes of a shard may have.
+const fn shard_volumes(shard: ShardId) -> RangeInclusive<VolumeId> {
+    VolumeId::new(shard, 0)..=VolumeId::new(shard, u32::MAX)
+}
+
+fn decode_shard(shard: ShardId, value: &[u8]) -> Result<ShardRecord, MetadataError> {
+    let record = unseal(&shard.0.to_le_bytes(), value).and_then(ShardRecord::decode);
+    record.ok_or(MetadataError::Damaged { table: "shards" })
+}
+
 fn session_key(shard: ShardId, session: SessionId) -> Vec<u8> {
     let mut key = shard.0.to_le_bytes().to_vec();
     key.extend(session.0.to_le_bytes());
@@ -210,19 +220,19 @@ impl Database {
         Ok(txn)
     }
 
-    /// Everything but chunks and slots.
-    pub(crate) fn contents(&self) -> Result<Contents, MetadataError> {
+    /// Everything but chunks and slots, of one shard or of all, as of one moment.
+    pub(crate) fn contents(&self, only: Option<ShardId>) -> Result<Contents, MetadataError> {
         let txn = self.0.begin_read()?;
+        let (first, last) = only.map_or((0, u32::MAX), |shard| (shard.0, shard.0));
+        let volumes =
+            shard_volumes(ShardId(first)).start().0..=shard_volumes(ShardId(last)).end().0;
         let mut contents = Contents::default();
-        for row in txn.open_table(SHARDS)?.iter()? {
+        for row in txn.open_table(SHARDS)?.range(first..=last)? {
             let (key, value) = row?;
             let shard = ShardId(key.value());
-            let record = unseal(&shard.0.to_le_bytes(), value.value())
-                .and_then(ShardRecord::decode)
-                .ok_or(MetadataError::Damaged { table: "shards" })?;
-            contents.shards.push((shard, record));
+            contents.shards.push((shard, decode_shard(shard, value.value())?));
         }
-        for row in txn.open_table(MEMBERS)?.iter()? {
+        for row in txn.open_table(MEMBERS)?.range(first..=last)? {
             let (key, value) = row?;
             let shard = ShardId(key.value());
             let members = unseal(&shard.0.to_le_bytes(), value.value())
@@ -230,7 +240,7 @@ impl Database {
                 .ok_or(MetadataError::Damaged { table: "members" })?;
             contents.members.push((shard, members));
         }
-        for row in txn.open_table(VOLUMES)?.iter()? {
+        for row in txn.open_table(VOLUMES)?.range(volumes)? {
             let (key, value) = row?;
             let id = VolumeId(key.value());
             let info = unseal(&id.0.to_le_bytes(), value.value())
@@ -238,7 +248,7 @@ impl Database {
                 .ok_or(MetadataError::Damaged { table: "volumes" })?;
             contents.volumes.push(info);
         }
-        for row in txn.open_table(SESSIONS)?.iter()? {
+        for row in txn.open_table(SESSIONS)?.range((first, 0)..=(last, u128::MAX))? {
             let (key, value) = row?;
             let (shard, session) = key.value();
             let (shard, id) = (ShardId(shard), SessionId(session));
@@ -248,6 +258,16 @@ impl Database {
             contents.sessions.push((shard, id, session));
         }
         Ok(contents)
+    }
+
+    /// The last entry that a shard's chunks hold, and a view of them, as of one moment.
+    pub(crate) fn read_shard(&self, shard: ShardId) -> Result<(LogIndex, Reader), MetadataError> {
+        let txn: ReadTransaction = self.0.begin_read()?;
+        let record = match txn.open_table(SHARDS)?.get(shard.0)? {
+            Some(value) => decode_shard(shard, value.value())?,
+            None => return Err(MetadataError::Damaged { table: "shards" }),
+        };
+        Ok((record.applied, Reader { chunks: txn.open_table(CHUNKS)? }))
     }
 
     /// The allocator for a data file of `slots` slots.
@@ -297,6 +317,49 @@ impl Reader {
             Ok((chunk, decode_chunk((volume, chunk), value.value())?))
         }))
     }
+
+    /// The chunks of a shard behind `after` that have a home, in order.
+    pub(crate) fn shard_chunks(
+        &self,
+        shard: ShardId,
+        after: Option<ChunkKey>,
+    ) -> Result<impl Iterator<Item = Result<(ChunkKey, ChunkMeta), MetadataError>>, MetadataError>
+    {
+        let bounds = shard_keys(shard, after, None);
+        let rows =
+            is_forward(&bounds).then(|| self.chunks.range::<(u64, u64)>(bounds)).transpose()?;
+        Ok(rows.into_iter().flatten().map(|row| {
+            let (key, value) = row?;
+            let (volume, chunk) = key.value();
+            let key = (VolumeId(volume), ChunkIndex(chunk));
+            Ok((key, decode_chunk(key, value.value())?))
+        }))
+    }
+}
+
+/// The keys of a shard's chunks behind `after`, up to and with `through`; `None`: all.
+fn shard_keys(
+    shard: ShardId,
+    after: Option<ChunkKey>,
+    through: Option<ChunkKey>,
+) -> (Bound<(u64, u64)>, Bound<(u64, u64)>) {
+    let (volumes, key) = (shard_volumes(shard), |(volume, chunk): ChunkKey| (volume.0, chunk.0));
+    let first = (volumes.start().0, 0);
+    let last = (volumes.end().0, u64::MAX);
+    let start = match after.map(key) {
+        Some(after) if after >= first => Bound::Excluded(after),
+        _ => Bound::Included(first),
+    };
+    (start, Bound::Included(through.map_or(last, key).min(last)))
+}
+
+/// Whether there can be keys between these bounds: a table refuses a range that runs backwards.
+fn is_forward(bounds: &(Bound<(u64, u64)>, Bound<(u64, u64)>)) -> bool {
+    match *bounds {
+        (Bound::Excluded(after), Bound::Included(last)) => after < last,
+        (Bound::Included(first), Bound::Included(last)) => first <= last,
+        _ => true,
+    }
 }
 
 /// Opens the table of chunks.
@@ -327,17 +390,46 @@ pub(crate) fn put_chunk(
     Ok(())
 }
 
-/// Removes the homes of all chunks of `range`; `removed` is told each.
+/// Removes the homes of all chunks of `range` that changed last before the entry `index`; `removed`
+/// is told each.
 pub(crate) fn remove_chunks(
     table: &mut ChunkTable<'_>,
     volume: VolumeId,
     chunks: &Range<ChunkIndex>,
+    index: LogIndex,
     mut removed: impl FnMut(ChunkMeta),
 ) -> Result<(), MetadataError> {
-    for row in table.extract_from_if(chunk_bounds(volume, chunks), |_, _| true)? {
+    // A damaged value is taken out, too, to be noticed below.
+    let is_older = |(_, chunk): (u64, u64), value: &[u8; CHUNK_META_BYTES]| {
+        let meta = ChunkMeta::decode((volume, ChunkIndex(chunk)), value);
+        meta.is_none_or(|meta| meta.last_index < index)
+    };
+    for row in table.extract_from_if(chunk_bounds(volume, chunks), is_older)? {
         let (key, value) = row?;
         let chunk = ChunkIndex(key.value().1);
         removed(decode_chunk((volume, chunk), value.value())?);
+    }
+    Ok(())
+}
+
+/// Removes the homes of a shard's chunks with keys in `(after, through]` for which `is_absent`
+/// holds; `removed` is told each.
+pub(crate) fn remove_absent(
+    table: &mut ChunkTable<'_>,
+    shard: ShardId,
+    (after, through): (Option<ChunkKey>, Option<ChunkKey>),
+    mut is_absent: impl FnMut(ChunkKey) -> bool,
+    mut removed: impl FnMut(ChunkKey, ChunkMeta),
+) -> Result<(), MetadataError> {
+    let bounds = shard_keys(shard, after, through);
+    if !is_forward(&bounds) {
+        return Ok(());
+    }
+    let key = |(volume, chunk): (u64, u64)| (VolumeId(volume), ChunkIndex(chunk));
+    for row in table.extract_from_if::<(u64, u64), _>(bounds, |at, _| is_absent(key(at)))? {
+        let (at, value) = row?;
+        let key = key(at.value());
+        removed(key, decode_chunk(key, value.value())?);
     }
     Ok(())
 }
@@ -374,6 +466,13 @@ pub(crate) fn put_volumes<'a>(
         let value = seal(&info.id.0.to_le_bytes(), encode_volume(info));
         table.insert(info.id.0, &*value)?;
     }
+    Ok(())
+}
+
+/// Forgets all volumes of `shard`.
+pub(crate) fn remove_volumes(txn: &WriteTransaction, shard: ShardId) -> Result<(), MetadataError> {
+    let volumes = shard_volumes(shard);
+    txn.open_table(VOLUMES)?.retain_in(volumes.start().0..=volumes.end().0, |_, _| false)?;
     Ok(())
 }
 

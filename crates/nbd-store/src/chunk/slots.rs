@@ -33,6 +33,8 @@ pub(crate) struct SlotMap {
     taken: Vec<Slot>,
     leaving: Vec<Slot>,
     dirty: BTreeSet<u32>,
+    /// A planted fault: what is left is free at once.
+    reuses_early: bool,
 }
 
 impl SlotMap {
@@ -41,6 +43,11 @@ impl SlotMap {
         let mut map = Self::default();
         map.grow(len);
         map
+    }
+
+    /// Plants a fault, or not: slots that are left are free at once.
+    pub(crate) const fn reuse_early(&mut self, reuses_early: bool) {
+        self.reuses_early = reuses_early;
     }
 
     /// Takes over a stored bitmap. `false` if it says that a slot past the file's end is in use.
@@ -107,8 +114,12 @@ impl SlotMap {
     /// The transaction being built no longer uses `slot`.
     pub(crate) fn leave(&mut self, slot: Slot) {
         assert!(self.is_used(slot), "slot {} is left but not in use", slot.0);
-        self.leaving.push(slot);
         self.mark_dirty(slot);
+        if self.reuses_early {
+            self.release(vec![slot]);
+        } else {
+            self.leaving.push(slot);
+        }
     }
 
     /// Whether the transaction being built leaves any slot.

@@ -1,10 +1,18 @@
 use super::*;
 use crate::golden;
+use crate::members::{ReplicaAddresses, decode_registration};
 
 const GOLDEN: &str = include_str!("../../tests/golden/commands.txt");
 const SESSION: SessionId = SessionId(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10);
 const EPOCH: Epoch = Epoch(7);
 const VOLUME: VolumeId = VolumeId(0x3_0000_0001);
+const OWNER: Owner = Owner { node: 0x1122_3344_5566_7788, incarnation: 5 };
+
+fn registration() -> ReplicaRegistration {
+    let addresses =
+        ReplicaAddresses { nbd: "a:10809".into(), grpc: "a:7400".into(), http: String::new() };
+    ReplicaRegistration { node: "nbd-1-2".parse().unwrap(), directory: 0xd1d2_d3d4, addresses }
+}
 
 fn all() -> Vec<(&'static str, Bytes)> {
     let zeroes =
@@ -14,10 +22,12 @@ fn all() -> Vec<(&'static str, Bytes)> {
         ("trim", encode_trim(SESSION, EPOCH, 10, VOLUME, 65536, 1 << 40)),
         ("write_zeroes", zeroes(11, false)),
         ("write_zeroes_no_hole", zeroes(12, true)),
-        ("open_session", encode_open_session(SESSION, EPOCH, VOLUME)),
+        ("open_session", encode_open_session(SESSION, EPOCH, VOLUME, OWNER)),
         ("close_session", encode_close_session(SESSION, EPOCH)),
         ("create_volume", encode_create_volume("vol-é", 1 << 30, "a disk").unwrap()),
         ("add_counter", encode_add_counter(-1)),
+        ("end_sessions", encode_end_sessions(OWNER)),
+        ("register_replica", encode_register_replica(&registration()).unwrap()),
     ]
 }
 
@@ -52,6 +62,11 @@ fn what_is_encoded_is_decoded() {
     let body = CreateVolumeBody::decode(&entry[decoded[6].payload.clone()]).unwrap();
     assert_eq!(body, CreateVolumeBody { name: "vol-é", description: "a disk" });
     assert_eq!(decoded[7].header.length.cast_signed(), -1);
+    for owned in [&decoded[4], &decoded[8]] {
+        assert_eq!((owned.header.offset, owned.header.length), (OWNER.node, OWNER.incarnation));
+    }
+    let found = decode_registration(&entry[decoded[9].payload.clone()]);
+    assert_eq!(found, Some(registration()));
 }
 
 #[test]
@@ -74,7 +89,7 @@ fn nonsense_is_refused() {
         decode_all(&bytes).next().unwrap()
     };
     assert_eq!(change(&write, 4, 0), Err(CommandError::UnknownKind(0)));
-    assert_eq!(change(&write, 4, 8), Err(CommandError::UnknownKind(8)));
+    assert_eq!(change(&write, 4, 99), Err(CommandError::UnknownKind(99)));
     assert_eq!(change(&write, 5, 1), Err(CommandError::ReservedBits));
     assert_eq!(change(&trim, 5, 2), Err(CommandError::ReservedBits));
     assert_eq!(change(&trim, 28, 1), Err(CommandError::ReservedBits));
@@ -112,5 +127,17 @@ fn checksums_are_those_of_the_pieces() {
             at = end;
         }
         assert_eq!(at, len);
+    }
+}
+
+#[test]
+fn registrations_are_bounded() {
+    let mut long = registration();
+    long.addresses.http = "x".repeat(crate::limits::ADDRESS_BYTES_MAX + 1);
+    assert_eq!(encode_register_replica(&long), Err(CommandError::BadName));
+    let command = encode_register_replica(&registration()).unwrap();
+    let body = &command[COMMAND_HEADER_BYTES..];
+    for len in 0..body.len() {
+        assert_eq!(decode_registration(&body[..len]), None, "{len}");
     }
 }

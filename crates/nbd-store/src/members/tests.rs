@@ -1,1 +1,100 @@
+use super::*;
+use crate::golden;
 
+fn id(id: u64) -> ReplicaId {
+    ReplicaId::new(id).unwrap()
+}
+
+fn registration(node: &str, directory: u128) -> ReplicaRegistration {
+    let addresses = ReplicaAddresses {
+        nbd: format!("{node}:10809"),
+        grpc: format!("{node}:7400"),
+        http: String::new(),
+    };
+    ReplicaRegistration { node: node.parse().unwrap(), directory, addresses }
+}
+
+fn three() -> Members {
+    let mut members = Members::default();
+    for (node, directory) in [("a", 0xa0), ("b", 0xb0), ("c", 0xc0)] {
+        members.register(registration(node, directory)).unwrap();
+    }
+    members.membership = Membership::of_voters([id(1), id(2), id(3)]);
+    members
+}
+
+#[test]
+fn golden_bytes() {
+    let mut members = Members::default();
+    members.register(registration("nbd-1-2", 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10)).unwrap();
+    members.register(registration("b", 0xb0)).unwrap();
+    members.membership = Membership::of_voters([id(1)]);
+    members.change(MembershipChange::AddLearner(id(2)));
+    let sealed = crate::chunk::record::seal(&3_u32.to_le_bytes(), members.encode());
+    let golden = include_str!("../../tests/golden/records.txt");
+    assert_eq!(sealed, golden::bytes(golden, "members"));
+}
+
+#[test]
+fn what_is_encoded_is_decoded_and_nothing_else() {
+    let mut members = three();
+    members.change(MembershipChange::AddLearner(id(4)));
+    assert_eq!(Members::decode(&members.encode()), None, "a member whose id was never given");
+    members.register(registration("d", 0xd0)).unwrap();
+    let body = members.encode();
+    assert_eq!(Members::decode(&body), Some(members));
+    for len in 0..body.len() {
+        assert_eq!(Members::decode(&body[..len]), None);
+    }
+    assert_eq!(Members::decode(&[&body[..], &[0]].concat()), None);
+    for at in [8, 12, 16] {
+        let mut large = body.clone();
+        large[at..at + 4].fill(0xff);
+        assert_eq!(Members::decode(&large), None, "no count is taken on trust");
+    }
+    let empty = Members::default();
+    assert_eq!(Members::decode(&empty.encode()), Some(empty));
+}
+
+#[test]
+fn a_directory_has_one_id_and_ids_are_never_given_twice() {
+    let mut members = three();
+    let again = members.register(registration("b2", 0xb0)).unwrap();
+    assert_eq!((again.id, again.node.as_str()), (id(2), "b2"));
+    assert_eq!(again.addresses.nbd, "b2:10809", "where it is now");
+    // The node's disk was wiped.
+    assert_eq!(members.register(registration("b2", 0xb1)).unwrap().id, id(4));
+    members.change(MembershipChange::Remove(id(2)));
+    assert!(!members.replicas.contains_key(&id(2)));
+    assert_eq!(members.register(registration("b2", 0xb0)).unwrap().id, id(5));
+    // Without effect, it removes nothing.
+    members.change(MembershipChange::Remove(id(4)));
+    assert!(members.replicas.contains_key(&id(4)));
+}
+
+#[test]
+fn replicas_that_never_became_members_do_not_pile_up() {
+    let mut members = three();
+    for directory in 0x1000..0x1100 {
+        members.register(registration("d", directory)).unwrap();
+    }
+    assert_eq!(members.replicas.len(), REPLICAS_KNOWN_MAX);
+    assert!(members.membership.all().all(|id| members.replicas.contains_key(&id)));
+    assert_eq!(members.next_replica, 4 + 0x100);
+}
+
+#[test]
+fn formations_that_contradict_themselves_are_refused() {
+    let members = three();
+    let formation = members.formation(id(2));
+    assert_eq!(Members::of_formation(&formation), Some(members));
+    let refused = |formation: Formation| assert_eq!(Members::of_formation(&formation), None);
+    refused(Formation { replica: id(4), ..formation.clone() });
+    refused(Formation { next_replica: 3, ..formation.clone() });
+    let mut twice = formation.clone();
+    twice.replicas.push(twice.replicas[0].clone());
+    refused(twice);
+    let mut long = formation;
+    long.replicas[0].addresses.grpc = "x".repeat(ADDRESS_BYTES_MAX + 1);
+    refused(long);
+}

@@ -26,8 +26,17 @@ pub(crate) struct ClearedRange {
     pub(crate) end: ChunkIndex,
     /// Hole or allocated zeroes.
     pub(crate) kind: ZeroKind,
-    /// Newest entry that cleared some of it.
+    /// Newest entry that cleared some of it; all of it, if it is allocated. An allocated chunk's
+    /// index is stored with it, and has to come out the same whatever was cleared beside it.
     pub(crate) last_index: LogIndex,
+}
+
+impl ClearedRange {
+    /// Whether the two, side by side, can be told of as one.
+    fn joins(&self, other: &Self) -> bool {
+        let is_hole = self.kind == ZeroKind::Hole;
+        self.kind == other.kind && (is_hole || self.last_index == other.last_index)
+    }
 }
 
 /// What one overlay knows of one chunk.
@@ -61,7 +70,8 @@ impl<'a> Layer<'a> {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct VolumeOverlay {
     chunks: BTreeMap<ChunkIndex, OverlayChunk>,
-    /// Disjoint, in order; neighbours of one kind are joined.
+    /// Disjoint, in order; neighbours that can be are joined. Those that cannot are allocated
+    /// chunks, each of which has room on the disk.
     cleared: BTreeMap<ChunkIndex, ClearedRange>,
     /// Chunks in ranges of [`ZeroKind::Zero`].
     zero_chunks: u64,
@@ -231,14 +241,14 @@ impl VolumeOverlay {
         }
         if let Some((&left, &old)) = self.cleared.range(..start).next_back()
             && old.end == start
-            && old.kind == new.kind
+            && old.joins(&new)
         {
             self.remove_cleared(left);
             start = left;
             new.last_index = new.last_index.max(old.last_index);
         }
         if let Some(&old) = self.cleared.get(&new.end)
-            && old.kind == new.kind
+            && old.joins(&new)
         {
             self.remove_cleared(new.end);
             new.end = old.end;

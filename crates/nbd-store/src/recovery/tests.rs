@@ -30,12 +30,47 @@ fn with(mut scan: ShardScan, term: u64, vote: u64, commit: u64) -> HardState {
 #[test]
 fn the_newest_record_of_an_index_counts() {
     let seen = scan(10, 10, &[(9, 3), (10, 3), (11, 3), (12, 3), (13, 3), (12, 4), (13, 5)]);
-    assert_eq!(positions(&seen), [2, 5, 6]);
+    assert_eq!(positions(&seen), [0, 1, 2, 5, 6]);
+    assert_eq!(seen.first_position(), Some(LogPosition(2)), "the first to be replayed");
     // A conflict below the checkpoint voids what came before it.
     let seen = scan(10, 10, &[(11, 3), (12, 3), (10, 4), (11, 4)]);
-    assert_eq!(positions(&seen), [3]);
+    assert_eq!(positions(&seen), [2, 3]);
     let seen = scan(10, 10, &[]);
     assert_eq!(seen.hard_state().unwrap(), checkpoint(10, 10).hard_state);
+}
+
+fn kept(mut scan: ShardScan) -> (u64, u64, Vec<u64>) {
+    let Kept { compacted: (index, term), entries } = scan.kept();
+    (index.0, term.0, entries.iter().map(|entry| entry.index.0).collect())
+}
+
+#[test]
+fn entries_below_the_checkpoint_are_kept_as_far_as_they_reach_it() {
+    // The term before the first is not known, so that the first takes the part of what is before.
+    assert_eq!(kept(scan(10, 10, &[(8, 2), (9, 3), (10, 3), (11, 4)])), (8, 2, vec![9, 10, 11]));
+    assert_eq!(kept(scan(10, 10, &[(8, 2), (9, 3), (10, 3)])), (8, 2, vec![9, 10]));
+    assert_eq!(kept(scan(10, 10, &[(11, 4)])), (10, 3, vec![11]), "the checkpoint's own term");
+    assert_eq!(kept(scan(2, 2, &[(1, 1), (2, 1), (3, 1)])), (0, 0, vec![1, 2, 3]));
+    assert_eq!(kept(scan(10, 10, &[])), (10, 3, vec![]));
+    // Gaps make what came before useless, but are no loss: it is home.
+    assert_eq!(kept(scan(10, 10, &[(4, 2), (5, 2), (8, 2), (9, 3), (10, 3)])), (8, 2, vec![9, 10]));
+    assert_eq!(kept(scan(10, 10, &[(4, 2), (5, 2), (11, 3)])), (10, 3, vec![11]));
+    assert_eq!(kept(scan(10, 10, &[(4, 2), (5, 2)])), (10, 3, vec![]));
+}
+
+#[test]
+fn entries_before_the_floor_are_void() {
+    let record = ShardRecord { log_floor: LogPosition(5), ..checkpoint(10, 10) };
+    let mut scan = ShardScan::new(SHARD, record);
+    let entry = |index| {
+        let (index, term, kind) = (LogIndex(index), Term(3), EntryKind::Command);
+        ScannedEntry { shard: SHARD, index, term, kind, data: &[] }
+    };
+    for (position, index) in [(3, 9), (4, 12), (5, 11), (6, 12)] {
+        scan.see_entry(&entry(index), LogPosition(position));
+    }
+    assert_eq!(scan.missing, None);
+    assert_eq!(positions(&scan), [5, 6]);
 }
 
 #[test]

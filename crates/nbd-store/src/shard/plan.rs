@@ -117,6 +117,30 @@ impl Source {
         }
     }
 
+    /// Puts what `home` gives in the place of what a chunk's home decides.
+    pub(super) fn settle<E>(&mut self, home: impl FnOnce() -> Result<Self, E>) -> Result<(), E> {
+        if let Some(unresolved) = self.unresolved_mut() {
+            *unresolved = home()?;
+        }
+        Ok(())
+    }
+
+    /// Whether the block may turn out to have this checksum.
+    pub(super) fn may_have(&self, expected: u32) -> bool {
+        match self {
+            Self::Log(LogBlock { crc, .. }) | Self::Slot { crc, .. } => *crc == expected,
+            Self::Hole | Self::Zero | Self::Unresolved | Self::Split(_) => true,
+        }
+    }
+
+    const fn kind(&self) -> BlockKind {
+        match self {
+            Self::Hole => BlockKind::Hole,
+            Self::Zero => BlockKind::Zero,
+            _ => BlockKind::Data,
+        }
+    }
+
     const fn is_zero(&self) -> bool {
         matches!(self, Self::Hole | Self::Zero)
     }
@@ -129,6 +153,14 @@ impl Source {
             (a, b) => a.is_zero() && b.is_zero(),
         }
     }
+}
+
+/// What a block is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BlockKind {
+    Hole,
+    Zero,
+    Data,
 }
 
 /// What a part of a read is made of.
@@ -206,7 +238,11 @@ impl ReadPlan {
     /// If `buf` is not as long as the plan.
     pub fn read_blocking(&mut self, buf: &mut [u8]) -> Result<(), ReadError> {
         self.look_up()?;
-        let done = self.read(buf, Patience::Blocking)?;
+        let done = match self.read(buf, Patience::Blocking) {
+            // What was damaged on the way is right the second time.
+            Err(ReadError::Corrupt { .. }) => self.read(buf, Patience::Blocking)?,
+            result => result?,
+        };
         assert!(done, "a read that may block is never put off");
         Ok(())
     }
@@ -222,6 +258,11 @@ impl ReadPlan {
             at += run;
             Some((start..end, if first { Segment::Zero } else { Segment::Data }))
         })
+    }
+
+    /// What each block is, as far as it is known.
+    pub(super) fn kinds(&self) -> impl Iterator<Item = BlockKind> {
+        self.sources.iter().map(Source::kind)
     }
 
     fn first_block(&self) -> u64 {

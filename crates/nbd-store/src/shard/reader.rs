@@ -24,7 +24,7 @@ const LOOKED_UP_SINGLY_MAX: u64 = 64;
 /// Reads a shard as it is now. Clones are cheap and may be used from any thread.
 #[derive(Debug, Clone)]
 pub struct ShardReader {
-    shard: Arc<Shard>,
+    pub(super) shard: Arc<Shard>,
 }
 
 /// What the overlays know of one volume.
@@ -80,7 +80,11 @@ impl Layers<'_> {
     }
 
     /// Where the content of `block` lies. `home` is asked for the chunk's home if that matters.
-    fn source(self, block: usize, home: &mut impl FnMut() -> Option<Option<ChunkMeta>>) -> Source {
+    pub(super) fn source(
+        self,
+        block: usize,
+        home: &mut impl FnMut() -> Option<Option<ChunkMeta>>,
+    ) -> Source {
         let (base, split) = self.base(block);
         let under = match base {
             BlockBase::Below => home().map_or(Source::Unresolved, |meta| Source::home(meta, block)),

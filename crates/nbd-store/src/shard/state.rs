@@ -10,6 +10,7 @@ use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
 use super::Applied;
 use super::pins::Pin;
 use super::session::{Seen, Session};
+use crate::chunk::database::{Contents, MetadataError};
 use crate::chunk::record::ShardRecord;
 use crate::command::{CommandHeader, CommandKind, CreateVolumeBody, DecodedCommand, decode_all};
 use crate::fault::Faults;
@@ -246,6 +247,32 @@ impl Metadata {
             sessions: BTreeMap::new(),
             members: Arc::default(),
         }
+    }
+
+    /// Sorts the database's contents by shard.
+    pub(crate) fn sort(contents: Contents) -> Result<BTreeMap<ShardId, Self>, MetadataError> {
+        let Contents { shards, members, volumes, sessions } = contents;
+        let mut all: BTreeMap<ShardId, Self> =
+            shards.iter().map(|(id, record)| (*id, Self::of_record(record))).collect();
+        let stray = |table| move || MetadataError::Damaged { table };
+        for (shard, members) in members {
+            let metadata = all.get_mut(&shard).ok_or_else(stray("members"))?;
+            metadata.members = Arc::new(members);
+        }
+        for volume in volumes {
+            let VolumeInfo { id, name, .. } = &volume;
+            let metadata = all.get_mut(&id.shard()).ok_or_else(stray("volumes"))?;
+            let known = &metadata.volumes;
+            if known.by_name(name).is_some() || known.get(*id).is_some() {
+                return Err(MetadataError::Damaged { table: "volumes" });
+            }
+            Arc::make_mut(&mut metadata.volumes).insert(volume);
+        }
+        for (shard, id, session) in sessions {
+            let metadata = all.get_mut(&shard).ok_or_else(stray("sessions"))?;
+            metadata.sessions.insert(id, session);
+        }
+        Ok(all)
     }
 
     fn open_session(&mut self, header: &CommandHeader) -> Outcome {

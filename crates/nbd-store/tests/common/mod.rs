@@ -13,15 +13,16 @@ use nbd_log::log::{
 };
 use nbd_store::limits::{BLOCK_BYTES, MUTATION_BYTES_MAX};
 use nbd_store::{
-    BlockStatus, CheckpointError, Checkpointer, Epoch, NodeStore, OpenError, Outcome,
-    RaftRecovered, ReadError, RecoveredShard, Segment, SessionId, ShardReader, ShardWriter,
+    Applied, BlockStatus, CheckpointError, Checkpointer, Epoch, NodeStore, OpenError, Outcome,
+    Owner, RaftRecovered, ReadError, RecoveredShard, Segment, SessionId, ShardReader, ShardWriter,
     SpaceGauge, StoreOptions, VolumeId, encode_create_volume, encode_open_session, encode_trim,
     encode_write, encode_write_zeroes,
 };
-use nbd_topology::{LogIndex, ShardId, Term};
+use nbd_topology::{LogIndex, MembershipChange, ReplicaId, ShardId, Term};
 
 pub(crate) const SHARD: ShardId = ShardId(3);
 pub(crate) const SESSION: SessionId = SessionId(0xfeed);
+pub(crate) const OWNER: Owner = Owner { node: 0xabc, incarnation: 1 };
 pub(crate) const BLOCK: usize = BLOCK_BYTES as usize;
 pub(crate) const CHUNK: usize = 16 * BLOCK;
 pub(crate) const MIB: u64 = 1 << 20;
@@ -37,8 +38,31 @@ pub(crate) fn options() -> StoreOptions {
         checkpoint_log_bytes: 2 * MIB,
         meta_cache_bytes: 1 << 16,
         space_reserve_bytes: 0,
+        decode_change,
+        fault: None,
         rng_seed: [7; 32],
     }
+}
+
+/// Membership entries of these tests: a byte for the kind, then the id.
+pub(crate) fn decode_change(data: &[u8]) -> Option<MembershipChange> {
+    let (kind, id) = data.split_first()?;
+    let id = ReplicaId::new(u64::from_le_bytes(id.try_into().ok()?))?;
+    match kind {
+        0 => Some(MembershipChange::AddVoter(id)),
+        1 => Some(MembershipChange::AddLearner(id)),
+        2 => Some(MembershipChange::Remove(id)),
+        _ => None,
+    }
+}
+
+pub(crate) fn encode_change(change: MembershipChange) -> Bytes {
+    let (kind, id) = match change {
+        MembershipChange::AddVoter(id) => (0_u8, id),
+        MembershipChange::AddLearner(id) => (1, id),
+        MembershipChange::Remove(id) => (2, id),
+    };
+    [&[kind][..], &id.get().to_le_bytes()].concat().into()
 }
 
 /// A node, with a volume and a session once it has been prepared.
@@ -94,7 +118,8 @@ impl Node {
         assert!(node.raft.hard_state.commit >= node.raft.applied);
         for entry in std::mem::take(&mut node.raft.tail) {
             assert_eq!(entry.index, node.index.next());
-            node.writer.apply(entry.index, entry.term, &entry.data, entry.position);
+            let applied = Applied::Command(&entry.data);
+            node.writer.apply(entry.index, entry.term, applied, entry.position);
             node.index = entry.index;
         }
         Ok(node)
@@ -112,7 +137,12 @@ impl Node {
                 Ok(positions) => {
                     self.index = index;
                     self.last_position = positions[1];
-                    return Ok(self.writer.apply(index, self.term, &data, positions[1]));
+                    return Ok(self.writer.apply(
+                        index,
+                        self.term,
+                        Applied::Command(&data),
+                        positions[1],
+                    ));
                 }
                 Err(AppendError::Full) => {
                     self.checkpointer.run().map_err(Failure::Checkpoint)?;
@@ -130,7 +160,7 @@ impl Node {
             [Outcome::VolumeCreated(info) | Outcome::VolumeExists(info)] => info.id,
             other => panic!("{other:?}"),
         };
-        let opened = self.propose(encode_open_session(SESSION, Epoch(1), id))?;
+        let opened = self.propose(encode_open_session(SESSION, Epoch(1), id, OWNER))?;
         assert_eq!(opened, [Outcome::SessionOpened]);
         Ok(id)
     }
