@@ -105,7 +105,8 @@ pub enum MessageError {
         to: u64,
     },
     /// Not from a member of this group, or from this replica itself. One that is no member as far
-    /// as this replica knows may still be a new leader or candidate: such messages are taken.
+    /// as this replica knows may still be a new leader or candidate: such messages are taken. After
+    /// a member was removed, answers of its that were on their way end here.
     #[error("message is from replica {from}, which is no peer in this group")]
     Sender {
         /// The id in the message.

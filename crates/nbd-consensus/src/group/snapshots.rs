@@ -16,10 +16,13 @@ use crate::membership::Members;
 
 impl Group {
     /// Whether this replica would gain by a snapshot that covers everything up to this entry. If
-    /// not, its log does already, or it leads: such a snapshot must not be installed.
+    /// not, it must not be installed: the log covers it already, or this replica leads, or has not
+    /// yet heard of the entry's term (the contents are of a later checkpoint than was offered, and
+    /// the next offer will be taken).
     #[must_use]
     pub fn wants_snapshot(&self, index: LogIndex, term: Term) -> bool {
-        !self.is_leader() && !self.log_covers(index.0, term.0)
+        let known = term.0 <= self.raw.raft.term;
+        known && !self.is_leader() && !self.log_covers(index.0, term.0)
     }
 
     fn log_covers(&self, index: u64, term: u64) -> bool {

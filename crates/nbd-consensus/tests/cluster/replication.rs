@@ -1,11 +1,9 @@
-//! Several replicas together: elections, replication, loss and return of leaders, and long random
-//! runs in which every promise is checked at every step.
+//! Elections, replication, loss and return of leaders.
 
-mod cluster;
-
-use cluster::{Cluster, Outcome};
 use nbd_consensus::{Input, Role};
 use nbd_topology::{LogIndex, ReplicaId};
+
+use crate::harness::{Cluster, Outcome};
 
 fn three(seed: u64) -> Cluster {
     let mut cluster = Cluster::new(3, seed, |_| ());
@@ -142,65 +140,4 @@ fn a_broken_stream_costs_the_pipeline_and_nothing_else() {
     cluster.run(5);
     assert_eq!(cluster.group(1).status().applied, LogIndex(4));
     cluster.check_end();
-}
-
-/// One random event.
-fn stir(cluster: &mut Cluster) {
-    let at = cluster.random.below(cluster.nodes.len());
-    match cluster.random.below(1000) {
-        0..250 => drop(cluster.deliver(true)),
-        250..500 => drop(cluster.persist(at)),
-        500..600 => drop(cluster.apply(at)),
-        600..750 => cluster.step(at, Input::Tick),
-        750..900 => {
-            let at = cluster.leader().unwrap_or(at);
-            let count = 1 + cluster.random.below(4) as u64;
-            cluster.propose(at, count);
-        }
-        900..950 => {
-            let at = cluster.leader().unwrap_or(at);
-            cluster.read(at);
-        }
-        950..970 => cluster.checkpoint(at),
-        970..975 => cluster.crash(at),
-        975..980 => cluster.isolate(at),
-        980..990 => cluster.cut.clear(),
-        990..995 => {
-            let to = 1 + cluster.random.below(cluster.nodes.len()) as u64;
-            let to = ReplicaId::new(to).expect("at least 1");
-            cluster.step(at, Input::TransferLeader(to));
-        }
-        _ => cluster.step(at, Input::Campaign),
-    }
-}
-
-// Goal: under loss, repetition, reordering, partitions, crashes, slow disks and late appliers, no
-// two replicas disagree on a committed entry, nothing promised is undone, reads are linearizable,
-// and each proposal ends once and as reported.
-// Method: random events from a seed, every effect checked; then heal and compare.
-fn random_run(replicas: usize, seed: u64) -> (usize, usize, usize) {
-    println!("{replicas} replicas, seed {seed}");
-    let mut cluster = Cluster::new(replicas, seed, |config| config.cache_bytes_max = 4000);
-    for _ in 0..4000 {
-        stir(&mut cluster);
-    }
-    cluster.check_end();
-    (cluster.committed.len(), cluster.elections, cluster.reads_served)
-}
-
-#[test]
-fn random_runs_of_three() {
-    let runs: Vec<_> = (0..40).map(|seed| random_run(3, seed)).collect();
-    let sum = |of: fn(&(usize, usize, usize)) -> usize| runs.iter().map(of).sum::<usize>();
-    // The runs are worth something only if much happens in them.
-    assert!(sum(|run| run.0) > 1000 && sum(|run| run.1) > 40 && sum(|run| run.2) > 100, "{runs:?}");
-    assert_eq!(random_run(3, 7), runs[7], "a seed gives the same run again");
-}
-
-#[test]
-fn random_runs_of_one_and_five() {
-    for seed in 100..115 {
-        random_run(5, seed);
-        random_run(1, seed);
-    }
 }
