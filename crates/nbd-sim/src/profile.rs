@@ -215,3 +215,18 @@ impl Profile {
         }
     }
 }
+
+impl Profile {
+    /// The names of [`Self::named`].
+    pub const NAMES: [&'static str; 1] = ["calm"];
+
+    /// A profile of a certain kind; what else there is to it comes from the seed.
+    #[must_use]
+    pub fn named(name: &str, seed: u64) -> Option<Self> {
+        let mut rng = Streams::new(seed).of(Purpose::Profile);
+        match name {
+            "calm" => Some(Self::calm(&mut rng)),
+            _ => None,
+        }
+    }
+}
