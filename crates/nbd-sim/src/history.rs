@@ -5,6 +5,18 @@ use std::ops::Range;
 /// Bytes of a sector: the unit that is one register.
 pub const SECTOR_BYTES: u64 = 512;
 
+/// Sectors of a block.
+const BLOCK_SECTORS: u64 = 8;
+
+/// The sectors that a trim of `range` turns into zeroes: those of whole blocks. The others keep what
+/// they have. (Volumes end with a block.)
+#[must_use]
+pub const fn trimmed(range: &Range<u64>) -> Range<u64> {
+    let start = range.start.next_multiple_of(BLOCK_SECTORS);
+    let end = range.end / BLOCK_SECTORS * BLOCK_SECTORS;
+    start..if end > start { end } else { start }
+}
+
 /// A place in the one order of everything that clients saw.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(pub u64);

@@ -13,7 +13,7 @@ use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
 
 use crate::content;
 use crate::failure::Breach;
-use crate::history::{SECTOR_BYTES, Value};
+use crate::history::{self, SECTOR_BYTES, Value};
 
 /// A committed entry.
 #[derive(Debug, Clone)]
@@ -300,7 +300,11 @@ impl Model {
             _ => Ok(vec![Value::ZERO; payload.len()]),
         };
         let written = written.unwrap_or_default();
-        for (at, sector) in (first..end).enumerate() {
+        let range = match header.kind {
+            CommandKind::Trim => history::trimmed(&(first..end)),
+            _ => first..end,
+        };
+        for (at, sector) in range.enumerate() {
             let value = written.get(at).copied().unwrap_or(Value::ZERO);
             self.sectors.insert((header.volume, sector), value);
         }

@@ -125,7 +125,7 @@ enum Planned {
     Watch { client: usize, generation: u32 },
     Think { client: usize, generation: u32 },
     FrontUp { front: usize },
-    Chore { front: usize, life: u32, chore: u64 },
+    Chore { front: usize, life: u32, chore: u64, attempt: u32 },
     Strike(FaultKind),
     Relief(nemesis::Relief),
     Join { node: usize, life: u32 },
@@ -327,7 +327,9 @@ impl World {
             Planned::Watch { client, generation } => self.on_watch(client, generation),
             Planned::Think { client, generation } => self.on_think(client, generation),
             Planned::FrontUp { front } => self.on_front_up(front),
-            Planned::Chore { front, life, chore } => self.on_chore(front, life, chore),
+            Planned::Chore { front, life, chore, attempt } => {
+                self.on_chore(front, life, chore, attempt);
+            }
             Planned::Strike(kind) => self.on_strike(kind),
             Planned::Relief(relief) => self.on_relief(relief),
             Planned::Join { node, life } => self.on_join(node, life),

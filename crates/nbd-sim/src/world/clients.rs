@@ -15,7 +15,7 @@ use super::front::Link;
 use super::{Planned, Told, Volume, World};
 use crate::content;
 use crate::failure::Breach;
-use crate::history::{Action, OperationId, SECTOR_BYTES};
+use crate::history::{self, Action, OperationId, SECTOR_BYTES};
 use crate::random::Draw;
 use crate::time::MILLISECOND;
 
@@ -173,7 +173,8 @@ impl World {
                 (operation, write.finish())
             }
             8 => {
-                let operation = self.history.ask(name, volume, Action::Zero(range));
+                let whole = history::trimmed(&range);
+                let operation = self.history.ask(name, volume, Action::Zero(whole));
                 (operation, encode_trim(session, epoch, seq, id, offset, len))
             }
             _ => {

@@ -49,6 +49,8 @@ pub(super) struct Chore {
     command: Bytes,
     purpose: Purpose,
     connection: Option<ConnectionId>,
+    /// Rises with each try that is planned: earlier ones are void.
+    attempt: u32,
 }
 
 #[derive(Debug)]
@@ -345,20 +347,30 @@ impl World {
 
     fn add_chore(&mut self, front: usize, shard: ShardId, command: Bytes, purpose: Purpose) {
         let id = self.workload.number();
-        let chore = Chore { shard, command, purpose, connection: None };
+        let chore = Chore { shard, command, purpose, connection: None, attempt: 0 };
         self.fronts[front].chores.insert(id, chore);
-        let life = self.fronts[front].life;
-        self.schedule.after(0, Planned::Chore { front, life, chore: id });
+        self.plan_chore(front, id, 0);
+    }
+
+    /// Plans the next try, in place of any planned before.
+    fn plan_chore(&mut self, front: usize, id: u64, wait: Nanos) {
+        let at = &mut self.fronts[front];
+        let (life, Some(chore)) = (at.life, at.chores.get_mut(&id)) else { return };
+        chore.attempt += 1;
+        let attempt = chore.attempt;
+        self.schedule.after(wait, Planned::Chore { front, life, chore: id, attempt });
     }
 
     /// Sends a chore's command, again if it was sent before.
-    pub(super) fn on_chore(&mut self, front: usize, life: u32, id: u64) {
+    pub(super) fn on_chore(&mut self, front: usize, life: u32, id: u64, attempt: u32) {
         if self.fronts[front].life != life {
             return;
         }
         let at = &self.fronts[front];
         let (host, guess) = (at.host, &at.guess);
-        let Some(chore) = at.chores.get(&id) else { return };
+        let Some(chore) = at.chores.get(&id).filter(|chore| chore.attempt == attempt) else {
+            return;
+        };
         let (shard, command) = (chore.shard, chore.command.clone());
         let target = guess[shard.0 as usize];
         self.forget_chore_connection(front, id);
@@ -368,7 +380,7 @@ impl World {
         }
         let letter = Letter::Run { shard, command };
         self.post(connection, Side::Server, Parcel::Message(letter));
-        self.schedule.after(CHORE_TIMEOUT, Planned::Chore { front, life, chore: id });
+        self.plan_chore(front, id, CHORE_TIMEOUT);
         // Should it time out, somebody else is asked.
         let other = self.rng.random_range(0..self.nodes.len());
         self.fronts[front].guess[shard.0 as usize] = other;
@@ -413,8 +425,8 @@ impl World {
 
     fn plan_chore_again(&mut self, front: usize, id: u64) {
         self.forget_chore_connection(front, id);
-        let (life, wait) = (self.fronts[front].life, self.rng.span(MILLISECOND, 50 * MILLISECOND));
-        self.schedule.after(wait, Planned::Chore { front, life, chore: id });
+        let wait = self.rng.span(MILLISECOND, 50 * MILLISECOND);
+        self.plan_chore(front, id, wait);
     }
 
     fn on_chore_done(&mut self, front: usize, chore: Chore, outcome: Outcome) {
@@ -515,10 +527,10 @@ impl World {
             return;
         }
         self.fronts[front].up = true;
-        let (life, owner) = (self.fronts[front].life, self.owner(front));
+        let owner = self.owner(front);
         let chores: Vec<u64> = self.fronts[front].chores.keys().copied().collect();
         for chore in chores {
-            self.schedule.after(0, Planned::Chore { front, life, chore });
+            self.plan_chore(front, chore, 0);
         }
         for shard in 0..self.profile.shards {
             let command = encode_end_sessions(owner);

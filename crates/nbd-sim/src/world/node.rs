@@ -10,7 +10,7 @@ use nbd_log::io::{DiskLock, MemoryDisk};
 use nbd_log::log::{LogReader, LogWriter, SegmentPool};
 use nbd_shard::{Event, ShardReplica};
 use nbd_store::{
-    Checkpointer, Formation, NodeStore, RecoveredShard, ReplicaAddresses, ReplicaInfo,
+    Checkpointer, FormError, Formation, NodeStore, RecoveredShard, ReplicaAddresses, ReplicaInfo,
     ShardReader, SpaceGauge, StoreOptions,
 };
 use nbd_topology::{ClusterName, Membership, NodeName, ReplicaId, ShardId};
@@ -189,9 +189,16 @@ impl World {
     ) {
         let Some(running) = &mut self.nodes[node].running else { return };
         let Some(mut recovered) = running.unformed.remove(&shard) else { return };
-        if let Err(error) = running.checkpointer.form(shard, formation) {
-            self.fail(Breach::StartFailed { node, reason: format!("{error:?}") });
-            return;
+        match running.checkpointer.form(shard, formation) {
+            Ok(()) => {}
+            Err(FormError::Store(_)) => {
+                self.fail_node(node);
+                return;
+            }
+            Err(error) => {
+                self.fail(Breach::StartFailed { node, reason: format!("{error:?}") });
+                return;
+            }
         }
         recovered.raft.membership = formation.membership.clone();
         self.places.insert((shard, formation.replica), node);
