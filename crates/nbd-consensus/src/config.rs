@@ -150,7 +150,8 @@ pub struct Recovered {
     /// This replica may be missing: it has yet to be added, or was removed. (The default, nobody,
     /// is the one thing in it that must be replaced.)
     pub membership: Membership,
-    /// Highest index in the state machine, as of a durable checkpoint. `compacted <= applied <= hard_state.commit <= last`.
+    /// Highest index in the state machine, as of a durable checkpoint.
+    /// `compacted <= applied <= hard_state.commit <= last`.
     pub applied: LogIndex,
     /// The log starts behind this entry; its term is still needed to match followers.
     pub compacted: (LogIndex, Term),

@@ -182,7 +182,8 @@ pub struct Effects {
     /// For the peers, at once.
     pub send_now: Vec<OutMessage>,
     /// For the state machine: each committed entry exactly once per life of the group, by index
-    /// without gaps, and only when it is also durable here.
+    /// without gaps but for what an installed snapshot covers, and only when it is also durable
+    /// here.
     pub apply: Vec<Committed>,
     /// Proposals and reads that did not come through.
     pub rejected: Vec<(Ticket, RejectReason)>,

@@ -2,7 +2,7 @@
 
 use crate::config::GroupConfig;
 
-/// A mistake, for [`GroupConfig::fault`]. Without the feature `planted-faults` none can be made.
+/// A mistake, for `GroupConfig::fault`. Without the feature `planted-faults` none can be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(not(feature = "planted-faults"), allow(unreachable_pub))]
 pub enum Fault {

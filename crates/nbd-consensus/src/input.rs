@@ -69,7 +69,7 @@ pub struct Proposal {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
     /// One unit of time has passed: at least [`GroupConfig::tick`](crate::GroupConfig::tick) since
-    /// the tick before, by a clock of this replica. After a pause, one tick and not the backlog, and
+    /// the tick before, by this replica's clock. After a pause, one tick and not the backlog, and
     /// the next a whole unit later: leases hold only if no follower's ticks run fast.
     Tick,
     /// A message from a peer, byte for byte what its [`OutMessage`](crate::OutMessage) held. Every
@@ -108,7 +108,7 @@ pub enum Input {
     /// Stand for election now. A group of one voter leads at once, without an election timeout.
     Campaign,
     /// Hand leadership to this replica. Ignored unless leader. The lease is given up for the rest
-    /// of the term, even if the transfer comes to nothing: the request to take over may arrive late.
+    /// of the term, even if the transfer fails: the request to take over may still arrive.
     TransferLeader(ReplicaId),
     /// Change the members. Refused unless it has an effect, no earlier change is under way and no
     /// majority is at risk; a newcomer has to catch up as a learner before it votes. It is in force

@@ -21,13 +21,29 @@
 //! write of its own: it rides with the next append, and whoever needs it sooner, the checkpoint,
 //! takes [`Group::hard_state`] along.
 //!
+//! **Voting rule**: a replica gives no vote, not even to itself, for an election timeout after it
+//! heard from a leader, unless the leader asked for it by handing over, nor for one after a
+//! restart. That is what a leader's lease rests on ([`Group::read_lease`]), and it holds whatever
+//! connections say: a broken one ([`Input::LeaderLost`]) only takes the random part out of the
+//! wait.
+//!
+//! **Membership** changes one replica at a time and is in force when its entry is handed out to be
+//! applied. A newcomer is a learner first.
+//!
+//! **Snapshots** are offers: a leader whose log no longer reaches back far enough says up to which
+//! entry it has a checkpoint ([`Effects::snapshot_offered`]), and the contents travel by other
+//! means.
+//!
+//! The feature `planted-faults` lets tests break some of these rules one by one.
+//!
 //! Start at [`Group::step`]; the invariants are in its `check_invariants`.
 //!
 //! - [`config`]: [`GroupConfig`] and [`Recovered`], what a group starts from.
 //! - [`input`], [`effect`]: the vocabulary of a step.
 //! - [`group`]: the owner of the state. It drives raft-rs's asynchronous ready cycle.
 //! - `log_cache`: the log as raft-rs reads it. `readies`: appends under way. `proposals`: tickets
-//!   until their index is committed. `reads`: barriers.
+//!   until their index is committed. `reads`: rounds of heartbeats. `lease`, `watch`: what ticks
+//!   and rounds allow. `membership`: changes in the log.
 //! - `guard`: what is refused from peers. `codec`: raft-rs's types to and from ours and bytes.
 //! - [`error`], [`limits`].
 

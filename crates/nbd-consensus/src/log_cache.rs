@@ -160,7 +160,7 @@ impl LogCache {
         }
     }
 
-    /// The state machine is checkpointed as of the entry (`index`, `term`), when `membership` was in
+    /// The state machine is checkpointed as of the entry (`index`, `term`), with `membership` in
     /// force.
     pub(crate) fn offer(&mut self, index: u64, term: u64, membership: &Membership) {
         let mut snapshot = Snapshot::default();

@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use nbd_topology::ReplicaId;
+use raft::CAMPAIGN_TRANSFER;
 use raft::eraftpb::{Message, MessageType};
-use raft::{CAMPAIGN_TRANSFER, StateRole};
 
 use super::Group;
 use crate::codec;
@@ -38,11 +38,9 @@ impl Group {
         }
         let (kind, from, term) = (message.msg_type, message.from, message.term);
         if kind == MessageType::MsgSnapshot {
-            let metadata = message.get_snapshot().get_metadata();
-            let (index, index_term) = (metadata.index, metadata.term);
             let append = self.stand_in(&message);
             self.step_raft(append);
-            effects.snapshot_offered = self.wanted_offer(from, index, index_term);
+            effects.snapshot_offered = self.wanted_offer(&message);
             return Ok(());
         }
         self.step_raft(message);
@@ -92,15 +90,14 @@ impl Group {
     /// Notes that the sender lives.
     fn note_sender(&mut self, message: &Message) {
         let term = self.raw.raft.term;
-        match message.msg_type {
-            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot => {
-                if message.term >= term {
-                    self.watch.heard(message.from);
-                }
-            }
-            _ => {}
+        let leads = matches!(
+            message.msg_type,
+            MessageType::MsgAppend | MessageType::MsgHeartbeat | MessageType::MsgSnapshot
+        );
+        if leads && message.term >= term {
+            self.watch.heard(message.from);
         }
-        if self.raw.raft.state == StateRole::Leader && message.term == term {
+        if self.is_leader() && message.term == term {
             let member =
                 ReplicaId::new(message.from).filter(|id| self.members.current().contains(*id));
             self.heard.extend(member.map(|member| (member, self.ticks)));

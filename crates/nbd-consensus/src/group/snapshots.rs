@@ -83,11 +83,14 @@ impl Group {
         append
     }
 
-    /// What a leader of the current term offered, if this replica wants it.
-    pub(super) fn wanted_offer(&self, from: u64, index: u64, term: u64) -> Option<SnapshotOffer> {
-        let (index, term) = (LogIndex(index), Term(term));
-        let current = self.raw.raft.leader_id == from;
-        let from = ReplicaId::new(from).filter(|_| current && self.wants_snapshot(index, term))?;
+    /// What the leader of the current term offered, if this replica wants it.
+    pub(super) fn wanted_offer(&self, offer: &Message) -> Option<SnapshotOffer> {
+        let metadata = offer.get_snapshot().get_metadata();
+        let (index, term) = (LogIndex(metadata.index), Term(metadata.term));
+        let raft = &self.raw.raft;
+        let current = (offer.term, offer.from) == (raft.term, raft.leader_id);
+        let from =
+            ReplicaId::new(offer.from).filter(|_| current && self.wants_snapshot(index, term))?;
         Some(SnapshotOffer { from, index, term })
     }
 

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::effect::{Append, Committed, OutMessage, Role};
+use crate::error::MessageError;
 use crate::input::{EntryKind, Proposal, ReadyNumber};
 use crate::limits::{ENTRY_OVERHEAD_BYTES, READS_WAITING_MAX};
 use std::time::Duration;
@@ -521,4 +522,6 @@ fn a_group_can_move_between_threads() {
     const { is_send::<Group>() };
 }
 
+mod elections;
 mod peers;
+mod snapshots;

@@ -149,6 +149,25 @@ fn open_fetches_are_bounded() {
 }
 
 #[test]
+fn a_snapshot_is_a_checkpoint_that_the_log_goes_on_from() {
+    let mut cache = ten(100);
+    let unavailable = Err(StorageError::SnapshotTemporarilyUnavailable.into());
+    assert_eq!(cache.snapshot(0, 9), unavailable);
+    cache.applied_to(10);
+    cache.offer(7, 2, &Membership::of_voters(ReplicaId::new(2)));
+    assert_eq!(cache.offered(), Some(7));
+    let snapshot = cache.snapshot(7, 9).unwrap();
+    let metadata = snapshot.get_metadata();
+    assert_eq!((metadata.index, metadata.term), (7, 2));
+    assert_eq!((metadata.get_conf_state().voters.clone(), snapshot.data.len()), (vec![2], 0));
+    assert_eq!(cache.snapshot(8, 9), unavailable);
+    cache.compact(7);
+    assert!(cache.snapshot(0, 9).is_ok());
+    cache.compact(8);
+    assert_eq!(cache.snapshot(0, 9), unavailable, "what follows it is gone");
+}
+
+#[test]
 fn recovery_keeps_terms_and_tail() {
     let tail: Vec<_> = (4..=5)
         .map(|index| crate::Entry {

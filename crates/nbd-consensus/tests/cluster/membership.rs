@@ -228,3 +228,24 @@ fn an_offer_that_is_overtaken_by_compaction_is_renewed() {
     assert_eq!(cluster.installed, 2);
     cluster.check_end();
 }
+
+// Goal: whoever has what was compacted goes on by the log, even if it was offered more since.
+#[test]
+fn an_earlier_snapshot_than_was_offered_last_will_do() {
+    let mut cluster = with_newcomer();
+    cluster.settle_messages(3);
+    cluster.isolate(3);
+    while cluster.resync(3) {}
+    cluster.settle();
+    cluster.forgetful = false;
+    cluster.propose(0, 30);
+    cluster.run(3);
+    cluster.checkpoint(0);
+    cluster.cut.clear();
+    cluster.settle_messages(3);
+    cluster.lose_offer(3);
+    cluster.run(5);
+    assert_eq!(cluster.installed, 1);
+    assert_eq!(cluster.group(3).status().last, cluster.group(0).status().last);
+    cluster.check_end();
+}

@@ -3,7 +3,6 @@
 use raft::eraftpb::{Entry as RaftEntry, Message, MessageType};
 
 use super::*;
-use crate::error::MessageError;
 
 fn of_three() -> Group {
     let from = Recovered { membership: three(), ..recovered(2, 3, 5) };
