@@ -1,6 +1,6 @@
 //! The replicas of a shard: who they are, where they are reached, and who of them is a member.
 //!
-//! Record in the metadata database, little-endian, sealed as in [`crate::chunk::record`]; snapshots
+//! Record in the metadata database, little-endian, sealed as in `chunk::record`; snapshots
 //! carry the same body:
 //!
 //! ```text

@@ -207,6 +207,7 @@ impl NodeStore {
         dirty.start(replayed.unwrap_or(end));
 
         let Home { base, records, mut metadata, slots } = home;
+        let members = metadata.iter().map(|(id, of)| (*id, Arc::clone(&of.members))).collect();
         let gate = Arc::new(PinGate::default());
         let (mut shards, mut shared) = (Vec::new(), Vec::new());
         for &id in &options.shards {
@@ -241,6 +242,7 @@ impl NodeStore {
             base,
             shards: shared,
             records,
+            members,
             slots,
             log: log_reader.clone(),
             segments: Arc::clone(&segments),

@@ -1,7 +1,7 @@
 //! The body of a [`ShardSnapshot`]: a shard's state, chunks left out, in bytes.
 //!
-//! Little-endian; what stands in it of members, volumes and sessions is as in the metadata database,
-//! without the seals:
+//! Little-endian; what stands in it of members, volumes and sessions is as in the metadata
+//! database, without the seals:
 //!
 //! ```text
 //! 0            4          8            16           24           32                   36

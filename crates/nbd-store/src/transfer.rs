@@ -14,8 +14,8 @@
 //! Chunks may be *newer* than A, and than each other. That is made good by the log behind A, which
 //! the receiver applies over them: each entry sets whole pieces of a chunk regardless of what was
 //! there, so that after the newest entry that any fetched chunk holds, all is as at the source.
-//! Until then nobody is shown the receiver's volumes: a leader serves reads only once it has applied
-//! everything committed.
+//! Until then nobody is shown the receiver's volumes: a leader serves reads only once it has
+//! applied everything committed.
 
 use bytes::Bytes;
 use nbd_log::checksum::crc32c;

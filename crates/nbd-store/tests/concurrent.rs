@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use common::{BLOCK, MIB, Node, Op, SESSION, options, pattern};
 use nbd_log::io::FileDisk;
 use nbd_store::{Applied, Epoch, Outcome, ReadError, StoreOptions, encode_trim, encode_write};
+use nbd_topology::LogIndex;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -87,6 +88,24 @@ fn readers_see_old_or_new_but_never_a_mixture() {
         })
         .collect();
 
+    let peer = {
+        let (reader, stop) = (reader.clone(), Arc::clone(&stop));
+        thread::spawn(move || {
+            // What is at home is whole, however often it is overwritten in place meanwhile.
+            let mut images = 0;
+            while !stop.load(Ordering::Relaxed) {
+                assert_eq!(reader.scrub(None, 1000).unwrap().damaged, []);
+                for stamp in reader.manifest(LogIndex::ZERO, None, 1000).unwrap().chunks {
+                    let image = reader.read_chunk(stamp.volume, stamp.chunk).unwrap();
+                    if let Some(image) = image {
+                        assert!(image.is_sound() && image.last_index >= stamp.last_index);
+                        images += 1;
+                    }
+                }
+            }
+            images
+        })
+    };
     let mut checkpointer = node.checkpointer;
     let checkpoints = {
         let stop = Arc::clone(&stop);
@@ -133,6 +152,7 @@ fn readers_see_old_or_new_but_never_a_mixture() {
     }
     stop.store(true, Ordering::Relaxed);
     let reads: u64 = readers.into_iter().map(|thread| thread.join().unwrap()).sum();
+    assert!(peer.join().unwrap() > 100);
     let (checkpointer, runs) = checkpoints.join().unwrap();
     assert!(reads > 1000 && runs > 3 && seq > 200, "{reads} reads, {runs} checkpoints, {seq}");
     drop((
@@ -156,7 +176,7 @@ fn readers_see_old_or_new_but_never_a_mixture() {
 
 fn append(
     log: &mut nbd_log::log::LogWriter,
-    index: nbd_topology::LogIndex,
+    index: LogIndex,
     term: nbd_topology::Term,
     data: &bytes::Bytes,
 ) -> nbd_log::log::LogPosition {

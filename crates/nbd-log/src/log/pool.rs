@@ -214,8 +214,8 @@ impl SegmentPool {
     }
 
     /// Asks to keep the shard's entries above this index, though they may be covered; `LogIndex` of
-    /// `u64::MAX` asks for nothing, as is so at first. They go all the same when the writer finds no
-    /// other room; see [`SegmentPool::first_kept`].
+    /// `u64::MAX` asks for nothing, as is so at first. They go all the same when the writer finds
+    /// no other room; see [`SegmentPool::first_kept`].
     pub fn retain(&self, shard: ShardId, above: LogIndex) {
         self.state.lock().retained.insert(shard, above);
     }
@@ -360,10 +360,10 @@ impl SegmentPool {
                     return Err(TakeError::Full);
                 }
             }
-            if let Err((file, source)) = self.create_spare() {
-                if !is_out_of_space(&source) || !self.state.lock().give_way(1) {
-                    return Err(TakeError::Io { file, source });
-                }
+            if let Err((file, source)) = self.create_spare()
+                && (!is_out_of_space(&source) || !self.state.lock().give_way(1))
+            {
+                return Err(TakeError::Io { file, source });
             }
         }
     }

@@ -57,6 +57,7 @@ use crate::ids::ChunkIndex;
 use crate::limits::{
     BLOCK_BYTES, CHANGES_PER_TRANSACTION_MAX, META_BYTES_PER_CHANGE, META_HEADROOM_LEAST_BYTES,
 };
+use crate::members::Members;
 use crate::shard::Shard;
 use crate::shard::pins::{Pin, PinGate, RetiredPin};
 use crate::shard::state::Frozen;
@@ -146,6 +147,8 @@ pub struct Checkpointer {
     shards: Vec<Arc<Shard>>,
     /// Each shard's record as of the last durable transaction.
     records: BTreeMap<ShardId, ShardRecord>,
+    /// Each shard's replicas, as of the same.
+    members: BTreeMap<ShardId, Arc<Members>>,
     slots: SlotMap,
     log: LogReader,
     segments: Arc<SegmentPool>,
@@ -164,6 +167,7 @@ pub(crate) struct CheckpointerParts {
     pub(crate) base: Arc<Base>,
     pub(crate) shards: Vec<Arc<Shard>>,
     pub(crate) records: BTreeMap<ShardId, ShardRecord>,
+    pub(crate) members: BTreeMap<ShardId, Arc<Members>>,
     pub(crate) slots: SlotMap,
     pub(crate) log: LogReader,
     pub(crate) segments: Arc<SegmentPool>,
@@ -208,7 +212,16 @@ impl Round {
 impl Checkpointer {
     pub(crate) fn new(parts: CheckpointerParts) -> Self {
         let CheckpointerParts {
-            disk, base, shards, records, mut slots, log, segments, gate, ..
+            disk,
+            base,
+            shards,
+            records,
+            members,
+            mut slots,
+            log,
+            segments,
+            gate,
+            ..
         } = parts;
         let (dirty, space, log_bytes) = (parts.dirty, parts.space, parts.log_bytes);
         space.set_free_slots(slots.free());
@@ -221,6 +234,7 @@ impl Checkpointer {
             base,
             shards,
             records,
+            members,
             slots,
             log,
             segments,
@@ -414,6 +428,8 @@ impl Checkpointer {
             txn.commit().map_err(MetadataError::from)?;
             if let Some((records, stored)) = metadata {
                 self.records = records;
+                let members = freeze.shards.iter().map(|(s, f)| (s.id, &f.metadata.members));
+                self.members.extend(members.map(|(id, members)| (id, Arc::clone(members))));
                 self.publish(freeze, round, true)?;
                 return Ok(stored);
             }
@@ -464,8 +480,8 @@ impl Checkpointer {
     }
 
     /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard
-    /// states of shards that applied nothing. Returns the shards' records to be, and the hard states
-    /// in them.
+    /// states of shards that applied nothing. Returns the shards' records to be, and the hard
+    /// states in them.
     fn put_metadata(
         &self,
         txn: &WriteTransaction,
@@ -487,7 +503,9 @@ impl Checkpointer {
                 record.volumes_created = metadata.volumes_created;
                 database::put_volumes(txn, metadata.volumes.newer(id, old.volumes_created))?;
                 database::put_sessions(txn, id, &metadata.sessions)?;
-                database::put_members(txn, id, &metadata.members)?;
+                if metadata.members != self.members[&id] {
+                    database::put_members(txn, id, &metadata.members)?;
+                }
             }
             database::put_shard(txn, id, &record)?;
             records.insert(id, record);

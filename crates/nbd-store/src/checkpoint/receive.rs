@@ -1,12 +1,13 @@
 //! Taking over what other replicas have: whole transfers, and single chunks as repairs.
 //!
 //! While a transfer is under way the shard's old state stays in force: its metadata, its log, its
-//! overlays. Chunks that were fetched are as new as the source's base or newer, and so hold all that
-//! any entry of the old log did to them. Those entries may still be applied, now or again after a
-//! crash, and checkpoints may run: `Checkpointer::place` leaves a home alone that is newer than a
-//! change. What it must not leave is a chunk that the source does not have, and that an entry of the
-//! old log brings back after it was removed: such chunks are noted, and go when the snapshot is
-//! installed. After a crash nothing is noted, but then the manifest is walked again from its start.
+//! overlays. Chunks that were fetched are as new as the source's base or newer, and so hold all
+//! that any entry of the old log did to them. Those entries may still be applied, now or again
+//! after a crash, and checkpoints may run: `Checkpointer::place` leaves a home alone that is newer
+//! than a change. What it must not leave is a chunk that the source does not have, and that an
+//! entry of the old log brings back after it was removed: such chunks are noted, and go when the
+//! snapshot is installed. After a crash nothing is noted, but then the manifest is walked again
+//! from its start.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -117,14 +118,15 @@ impl Checkpointer {
             txn.commit().map_err(MetadataError::from)
         })?;
         self.records.insert(shard, record);
+        self.members.insert(shard, Arc::clone(&members));
         let mut state = target.state.write();
         state.replica = record.replica;
         state.metadata.members = members;
         Ok(())
     }
 
-    /// Takes over chunks of another replica, of volumes known here or not. Durable on return, all or
-    /// none; those of which a newer version is at home are left out.
+    /// Takes over chunks of another replica, of volumes known here or not. Durable on return, all
+    /// or none; those of which a newer version is at home are left out.
     ///
     /// The source's base must be at or behind every entry that this shard's log may still apply,
     /// which is so if a snapshot of it is newer than the log; see [`crate::transfer`].
@@ -141,7 +143,8 @@ impl Checkpointer {
         self.receiving.entry(shard).or_default();
         self.attempt(|this| {
             this.put_images(&images, |home, image| {
-                home.is_none_or(|home| home.last_index <= image.last_index)
+                let is_newer = home.is_some_and(|home| home.last_index > image.last_index);
+                (!is_newer).then_some(image.last_index)
             })
         })?;
         if let Some(receiving) = self.receiving.get_mut(&shard) {
@@ -176,7 +179,7 @@ impl Checkpointer {
         let mut all_removed = 0;
         loop {
             let (removed, more) =
-                self.attempt(|this| this.remove_some(shard, (after, next), &is_absent))?;
+                self.attempt(|this| this.remove_some(shard, (after, next), is_absent))?;
             all_removed += removed;
             if !more {
                 break;
@@ -216,15 +219,16 @@ impl Checkpointer {
     }
 
     /// Puts a snapshot in the place of the shard's state, once all chunks that its source had, and
-    /// none that it had not, are here. Atomic, durable on return; readers see the new state at once.
+    /// none that it had not, are here. Atomic, durable on return; readers see the new state at
+    /// once.
     ///
     /// `hard_state` is Raft's own, of which term and vote count. Entries of the shard that lie
     /// before `log_floor` in the log ([`nbd_log::log::SegmentPool::next_position`]) are void from
     /// then on; no entry of the shard may be on its way to the log.
     ///
     /// # Errors
-    /// [`ReceiveError::BadSnapshot`], [`ReceiveError::Stale`] or [`ReceiveError::Overtaken`], or the
-    /// store has no room or failed.
+    /// [`ReceiveError::BadSnapshot`], [`ReceiveError::Stale`] or [`ReceiveError::Overtaken`], or
+    /// the store has no room or failed.
     pub fn install(
         &mut self,
         shard: ShardId,
@@ -271,7 +275,10 @@ impl Checkpointer {
         };
         let images = std::slice::from_ref(image);
         let replaced = self.attempt(|this| {
-            this.put_images(images, |home, image| home.is_some_and(|home| is_same(home, image)))
+            // It stays the version that it was, whatever the copy says.
+            this.put_images(images, |home, image| {
+                home.filter(|home| is_same(home, image)).map(|home| home.last_index)
+            })
         })?;
         Ok(replaced > 0)
     }
@@ -287,12 +294,12 @@ impl Checkpointer {
         }
     }
 
-    /// Gives the images homes in fresh slots where `wanted`, in one transaction. Returns how many
-    /// got one.
+    /// Gives the images homes in fresh slots, of the version that `version` says or not at all, in
+    /// one transaction. Returns how many got one.
     fn put_images(
         &mut self,
         images: &[ChunkImage],
-        wanted: impl Fn(Option<&ChunkMeta>, &ChunkImage) -> bool,
+        version: impl Fn(Option<&ChunkMeta>, &ChunkImage) -> Option<LogIndex>,
     ) -> Result<u64, CheckpointError> {
         if self.changes_max()? < images.len() {
             return Err(CheckpointError::NoSpace);
@@ -303,10 +310,10 @@ impl Checkpointer {
         for image in images {
             let key = (image.volume, image.chunk);
             let old = database::get_chunk(&table, key)?;
-            if !wanted(old.as_ref(), image) {
-                continue;
-            }
-            let meta = self.home_for(image, &mut round)?;
+            let Some(last_index) = version(old.as_ref(), image) else { continue };
+            let slot = self.take_slot(&mut round)?.ok_or(CheckpointError::NoSpace)?;
+            let ChunkImage { present, zero, crcs, .. } = *image;
+            let meta = ChunkMeta { slot, last_index, present, zero, crcs };
             if let Some(old) = old {
                 self.slots.leave(old.slot);
             }
@@ -322,16 +329,6 @@ impl Checkpointer {
         let put = round.changed.len() as u64;
         self.commit_chunks(txn, round.changed)?;
         Ok(put)
-    }
-
-    fn home_for(
-        &mut self,
-        image: &ChunkImage,
-        round: &mut Round,
-    ) -> Result<ChunkMeta, CheckpointError> {
-        let slot = self.take_slot(round)?.ok_or(CheckpointError::NoSpace)?;
-        let ChunkImage { last_index, present, zero, crcs, .. } = *image;
-        Ok(ChunkMeta { slot, last_index, present, zero, crcs })
     }
 
     /// Makes homes that changed durable, and lets go of the slots that were left.
@@ -400,6 +397,7 @@ impl Checkpointer {
         txn.commit().map_err(MetadataError::from)?;
         let left = self.slots.committed();
         self.records.insert(shard, record);
+        self.members.insert(shard, Arc::clone(&metadata.members));
         let mut state = target.state.write();
         let frozen = state.frozen.take();
         let active = std::mem::take(&mut state.active);

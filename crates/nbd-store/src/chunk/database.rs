@@ -337,12 +337,11 @@ impl Reader {
     }
 }
 
+/// A range of rows in the table of chunks.
+type RowBounds = (Bound<(u64, u64)>, Bound<(u64, u64)>);
+
 /// The keys of a shard's chunks behind `after`, up to and with `through`; `None`: all.
-fn shard_keys(
-    shard: ShardId,
-    after: Option<ChunkKey>,
-    through: Option<ChunkKey>,
-) -> (Bound<(u64, u64)>, Bound<(u64, u64)>) {
+fn shard_keys(shard: ShardId, after: Option<ChunkKey>, through: Option<ChunkKey>) -> RowBounds {
     let (volumes, key) = (shard_volumes(shard), |(volume, chunk): ChunkKey| (volume.0, chunk.0));
     let first = (volumes.start().0, 0);
     let last = (volumes.end().0, u64::MAX);
@@ -354,7 +353,7 @@ fn shard_keys(
 }
 
 /// Whether there can be keys between these bounds: a table refuses a range that runs backwards.
-fn is_forward(bounds: &(Bound<(u64, u64)>, Bound<(u64, u64)>)) -> bool {
+fn is_forward(bounds: &RowBounds) -> bool {
     match *bounds {
         (Bound::Excluded(after), Bound::Included(last)) => after < last,
         (Bound::Included(first), Bound::Included(last)) => first <= last,

@@ -153,10 +153,21 @@ fn absorbing_is_applying_later() {
             continue;
         };
         assert_eq!(older.pending_chunks(), both.pending_chunks());
+        let zeroes = |of: &VolumeOverlay| {
+            let zeroes = of.cleared().filter(|(_, range)| range.kind == ZeroKind::Zero);
+            let of_each = |(start, range): (ChunkIndex, ClearedRange)| {
+                (start.0..range.end.0).map(move |chunk| (chunk, range.last_index))
+            };
+            zeroes.flat_map(of_each).collect::<Vec<_>>()
+        };
+        assert_eq!(zeroes(found), zeroes(expected), "each with the entry that cleared it last");
         for chunk in (0..9).map(ChunkIndex) {
             let (found, expected) = (found.layer(chunk), expected.layer(chunk));
             assert_eq!(found.is_some(), expected.is_some());
             let (Some(found), Some(expected)) = (found, expected) else { continue };
+            if let (Layer::Chunk(found), Layer::Chunk(expected)) = (found, expected) {
+                assert_eq!(found.last_index(), expected.last_index());
+            }
             for block in 0..BLOCKS_PER_CHUNK {
                 assert_eq!(found.base(block), expected.base(block));
                 assert_eq!(found.fragments(block), expected.fragments(block));

@@ -218,7 +218,7 @@ impl ReadPlan {
     /// Fills `buf` if that needs no waiting: `Ok(false)`, with `buf` in any state, if it would.
     ///
     /// # Errors
-    /// A damaged copy or a failure of the disk.
+    /// A failure of the disk.
     ///
     /// # Panics
     /// If `buf` is not as long as the plan.
@@ -226,7 +226,11 @@ impl ReadPlan {
         if self.sources.iter_mut().any(|source| source.unresolved_mut().is_some()) {
             return Ok(false);
         }
-        self.read(buf, Patience::Cached)
+        match self.read(buf, Patience::Cached) {
+            // It is looked at once more, where that may take its time.
+            Err(ReadError::Corrupt { .. }) => Ok(false),
+            result => result,
+        }
     }
 
     /// Fills `buf`, waiting for the disk as needed.

@@ -53,8 +53,8 @@ impl ShardReader {
         snapshot::encode(&contents).ok_or(ReadError::Metadata(missing))
     }
 
-    /// The chunks at home behind the key `after` (`None`: from the first), and the versions of those
-    /// that entries behind `since` changed: at most `max` of them, but at least one.
+    /// The chunks at home behind the key `after` (`None`: from the first), and the versions of
+    /// those that entries behind `since` changed: at most `max` of them, but at least one.
     ///
     /// A receiver gives as `since` what its own last checkpoint covers
     /// ([`crate::CheckpointReport::applied`]), not what it has applied: what lies in its overlays
@@ -138,8 +138,8 @@ impl ShardReader {
         Ok(home.is_some_and(|meta| meta.last_index == last_index))
     }
 
-    /// Digests of the ranges that hold chunks, of those behind the range that `after` is in, at most
-    /// `max`. None: there are no more.
+    /// Digests of the ranges that hold chunks, of those behind the range that `after` is in, at
+    /// most `max`. None: there are no more.
     ///
     /// # Errors
     /// A failure of the database.

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test uses a part of it")]
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -19,6 +20,8 @@ use nbd_store::{
     encode_write, encode_write_zeroes,
 };
 use nbd_topology::{LogIndex, MembershipChange, ReplicaId, ShardId, Term};
+use rand::Rng;
+use rand::rngs::StdRng;
 
 pub(crate) const SHARD: ShardId = ShardId(3);
 pub(crate) const SESSION: SessionId = SessionId(0xfeed);
@@ -78,6 +81,8 @@ pub(crate) struct Node {
     pub(crate) index: LogIndex,
     pub(crate) term: Term,
     pub(crate) last_position: LogPosition,
+    /// Where entries lie that were not applied yet.
+    pub(crate) positions: BTreeMap<LogIndex, LogPosition>,
     pub(crate) lock: Box<dyn nbd_log::io::DiskLock>,
 }
 
@@ -97,10 +102,26 @@ impl Node {
         disk: &impl CloneDisk,
         options: StoreOptions,
     ) -> Result<Self, OpenError> {
+        let mut node = Self::open_follower(disk, options)?;
+        node.index = node.raft.applied;
+        for entry in std::mem::take(&mut node.raft.tail) {
+            assert_eq!(entry.index, node.index.next());
+            let applied = Applied::Command(&entry.data);
+            node.writer.apply(entry.index, entry.term, applied, entry.position);
+            node.index = entry.index;
+        }
+        Ok(node)
+    }
+
+    /// Opens the node as one of several: what nobody says is committed stays in the log.
+    pub(crate) fn open_follower(
+        disk: &impl CloneDisk,
+        options: StoreOptions,
+    ) -> Result<Self, OpenError> {
         let NodeStore { log, log_reader, segments, checkpointer, mut shards, space, lock, .. } =
             NodeStore::open(disk.dyn_disk(), options)?;
         let RecoveredShard { writer, reader, raft, .. } = shards.remove(0);
-        let mut node = Self {
+        let node = Self {
             log,
             log_reader,
             segments,
@@ -108,7 +129,8 @@ impl Node {
             writer,
             reader,
             space,
-            index: raft.applied,
+            index: raft.kept.last().map_or(raft.applied, |last| last.index),
+            positions: raft.kept.iter().map(|entry| (entry.index, entry.position)).collect(),
             term: Term(raft.hard_state.term.0 + 1),
             raft,
             last_position: LogPosition(0),
@@ -116,12 +138,6 @@ impl Node {
         };
         assert_eq!(node.raft.applied, node.reader.applied());
         assert!(node.raft.hard_state.commit >= node.raft.applied);
-        for entry in std::mem::take(&mut node.raft.tail) {
-            assert_eq!(entry.index, node.index.next());
-            let applied = Applied::Command(&entry.data);
-            node.writer.apply(entry.index, entry.term, applied, entry.position);
-            node.index = entry.index;
-        }
         Ok(node)
     }
 
@@ -160,7 +176,7 @@ impl Node {
             [Outcome::VolumeCreated(info) | Outcome::VolumeExists(info)] => info.id,
             other => panic!("{other:?}"),
         };
-        let opened = self.propose(encode_open_session(SESSION, Epoch(1), id, OWNER))?;
+        let opened = self.propose(open_session(id))?;
         assert_eq!(opened, [Outcome::SessionOpened]);
         Ok(id)
     }
@@ -186,6 +202,25 @@ impl Node {
             }
         }
         Ok(buf)
+    }
+}
+
+/// Opens the session that all changes belong to.
+pub(crate) fn open_session(volume: VolumeId) -> Bytes {
+    encode_open_session(SESSION, Epoch(1), volume, OWNER)
+}
+
+/// A change of any kind and size of a volume of `size` bytes.
+pub(crate) fn random_op(rng: &mut StdRng, size: usize, fill: u64) -> Op {
+    let unit = [1, 512, BLOCK, BLOCK, CHUNK][rng.random_range(0..5)];
+    let places = size / unit;
+    let first = rng.random_range(0..places);
+    let count = rng.random_range(1..=(places - first).min(if unit == CHUNK { 6 } else { 18 }));
+    let (offset, len) = ((first * unit) as u64, (count * unit) as u64);
+    match rng.random_range(0..10) {
+        0..6 => Op::Write { offset, len, fill: fill + 1 },
+        6..8 => Op::Trim { offset, len },
+        _ => Op::Zero { offset, len, no_hole: rng.random() },
     }
 }
 

@@ -1,0 +1,446 @@
+//! A replica that the log does not reach any more is brought up to date from another one, while
+//! that one goes on working.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test may panic, and its numbers are small"
+)]
+
+mod common;
+
+use bytes::Bytes;
+use common::{CHUNK, Failure, Model, Node, Op, SESSION, SHARD, random_op};
+use nbd_log::io::{CrashStyle, MemoryDisk};
+use nbd_log::log::{EntryKind, EntryRecord, HardState, Record};
+use nbd_store::{
+    Applied, ChunkIndex, ChunkKey, OpenError, Outcome, ReceiveError, ShardSnapshot, VolumeId,
+    encode_add_counter, encode_create_volume,
+};
+use nbd_topology::{LogIndex, Term};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+const SIZE: usize = 12 * CHUNK + 512;
+const TERM: Term = Term(9);
+
+/// A shard's history, and what its volume ought to hold.
+struct History {
+    /// Entry `n` is at `n - 1`.
+    entries: Vec<Bytes>,
+    volume: VolumeId,
+    model: Model,
+    rng: StdRng,
+    seq: u64,
+}
+
+impl History {
+    fn change(&mut self) {
+        let op = random_op(&mut self.rng, SIZE, self.seq);
+        self.seq += 1;
+        let mut data = op.encode(self.seq, self.volume);
+        self.model.apply(op);
+        if self.rng.random_ratio(1, 4) {
+            let op = random_op(&mut self.rng, SIZE, self.seq);
+            self.seq += 1;
+            data = [data, op.encode(self.seq, self.volume)].concat().into();
+            self.model.apply(op);
+        }
+        self.entries.push(data);
+    }
+}
+
+/// Appends entries of the history behind the last one in the log, and applies as many as asked.
+fn follow(node: &mut Node, history: &History, append_to: usize, apply_to: usize) {
+    while (node.index.0 as usize) < append_to {
+        let (index, kind) = (node.index.next(), EntryKind::Command);
+        let data = &history.entries[node.index.0 as usize];
+        let entry = EntryRecord { shard: SHARD, index, term: TERM, kind, data };
+        let hard_state = HardState { term: TERM, vote: 1, commit: LogIndex(index.0 - 1) };
+        let records = [Record::HardState(SHARD, hard_state), Record::Entry(entry)];
+        let positions = node.log.append(&records).unwrap();
+        node.positions.insert(index, positions[1]);
+        node.index = index;
+    }
+    apply(node, history, apply_to);
+}
+
+fn apply(node: &mut Node, history: &History, apply_to: usize) {
+    while (node.writer.applied().0 as usize) < apply_to {
+        let index = node.writer.applied().next();
+        let data = &history.entries[index.0 as usize - 1];
+        node.writer.apply(index, TERM, Applied::Command(data), node.positions[&index]);
+    }
+}
+
+/// A source, far ahead of a receiver that has some of its log still to apply.
+struct Setup {
+    source: MemoryDisk,
+    receiver: MemoryDisk,
+    entries: Vec<Bytes>,
+    volume: VolumeId,
+    model: Model,
+    seq: u64,
+    /// Entries that the receiver has in its log.
+    appended: usize,
+}
+
+fn setup(seed: u64) -> Setup {
+    let (source, receiver) = (MemoryDisk::new(seed), MemoryDisk::new(seed + 100));
+    let mut node = Node::open(&source).unwrap();
+    let volume = node.prepare("v", SIZE as u64).unwrap();
+    let create = |name| encode_create_volume(name, SIZE as u64, "").unwrap();
+    let open = common::open_session(volume);
+    let mut history = History {
+        entries: vec![create("v"), open],
+        volume,
+        model: Model::new(SIZE),
+        rng: StdRng::seed_from_u64(seed),
+        seq: 0,
+    };
+    assert_eq!(node.index, LogIndex(2));
+    (0..60).for_each(|_| history.change());
+    history.entries.push(create("second"));
+    history.entries.push(encode_add_counter(42));
+    (0..20).for_each(|_| history.change());
+
+    let appended = 30;
+    let mut behind = Node::open(&receiver).unwrap();
+    follow(&mut behind, &history, 20, 15);
+    behind.checkpoint().unwrap();
+    follow(&mut behind, &history, appended, 22);
+    let end = history.entries.len();
+    for at in 3..=end {
+        follow(&mut node, &history, at, at);
+        if at % 17 == 0 {
+            node.checkpoint().unwrap();
+        }
+    }
+    node.checkpoint().unwrap();
+    let History { entries, volume, model, seq, .. } = history;
+    Setup { source, receiver, entries, volume, model, seq, appended }
+}
+
+/// One walk over the manifest, with everything else going on in between.
+struct Walk<'a> {
+    source: &'a mut Node,
+    history: &'a mut History,
+    fetched: usize,
+    skipped: usize,
+}
+
+impl Walk<'_> {
+    /// The source changes and brings its changes home.
+    fn go_on(&mut self) {
+        (0..3).for_each(|_| self.history.change());
+        let end = self.history.entries.len();
+        follow(self.source, self.history, end, end);
+        if self.history.rng.random() {
+            self.source.checkpoint().unwrap();
+        }
+    }
+
+    fn run(&mut self, node: &mut Node, appended: usize) -> Result<ShardSnapshot, ReceiveError> {
+        let snapshot = self.source.reader.snapshot().unwrap();
+        let since = node.reader.manifest(LogIndex::ZERO, None, 1).unwrap().applied;
+        let mut after: Option<ChunkKey> = None;
+        loop {
+            let page = self.source.reader.manifest(since, after, 3).unwrap();
+            let mut images = Vec::new();
+            for stamp in &page.chunks {
+                self.go_on();
+                let (volume, chunk) = (stamp.volume, stamp.chunk);
+                if node.reader.has_chunk(volume, chunk, stamp.last_index).unwrap() {
+                    self.skipped += 1;
+                    continue;
+                }
+                images.extend(self.source.reader.read_chunk(volume, chunk).unwrap());
+                self.fetched += 1;
+            }
+            node.checkpointer.write_chunks(SHARD, images)?;
+            node.checkpointer.remove_absent(SHARD, after, page.next, &page.present)?;
+            // The old log is applied meanwhile, and comes home over what was fetched.
+            let to = (node.writer.applied().0 as usize + 2).min(appended);
+            apply(node, self.history, to);
+            node.checkpointer.run().map_err(ReceiveError::Store)?;
+            after = page.next;
+            if after.is_none() {
+                return Ok(snapshot);
+            }
+        }
+    }
+}
+
+fn install(node: &mut Node, snapshot: &ShardSnapshot) -> Result<(), ReceiveError> {
+    let hard_state = HardState { term: TERM, vote: 2, commit: snapshot.applied };
+    let floor = node.segments.next_position();
+    node.checkpointer.install(SHARD, snapshot, hard_state, floor)?;
+    assert_eq!(node.reader.applied(), snapshot.applied);
+    node.index = snapshot.applied;
+    Ok(())
+}
+
+fn same(source: &Node, receiver: &Node) {
+    let digests = |node: &Node| node.reader.digests(None, 100).unwrap();
+    let chunks = |node: &Node| {
+        let volume = source.reader.volumes()[0].id;
+        node.reader.chunk_digests(volume, ChunkIndex(0)..ChunkIndex(100)).unwrap()
+    };
+    assert_eq!(chunks(receiver), chunks(source));
+    assert_eq!(digests(receiver), digests(source));
+    let of = |node: &Node| node.reader.snapshot().unwrap();
+    assert_eq!(of(receiver), of(source), "volumes, sessions, counter, members");
+    assert_eq!(receiver.reader.volumes(), source.reader.volumes());
+    assert_eq!(receiver.reader.counter(), 42);
+}
+
+impl Setup {
+    /// Copies, so that a setup can be used again and again.
+    fn open(&self, seed: u64) -> (Node, MemoryDisk, History) {
+        let source = Node::open(&self.source.after_crash_as(CrashStyle::Kept, 0)).unwrap();
+        let history = History {
+            entries: self.entries.clone(),
+            volume: self.volume,
+            model: self.model.clone(),
+            rng: StdRng::seed_from_u64(seed),
+            seq: self.seq,
+        };
+        (source, self.receiver.after_crash_as(CrashStyle::Kept, 0), history)
+    }
+}
+
+/// Opens a receiver without applying what nobody says is committed.
+fn reopen(disk: &MemoryDisk) -> Result<Node, OpenError> {
+    Node::open_follower(disk, common::options())
+}
+
+/// Ends a transfer: installs, applies the log behind the snapshot, compares.
+fn finish(node: &mut Node, source: &mut Node, history: &History, snapshot: &ShardSnapshot) {
+    install(node, snapshot).unwrap();
+    let end = history.entries.len();
+    follow(node, history, end, end);
+    history.model.check(node, history.volume).unwrap();
+    node.checkpoint().unwrap();
+    source.checkpoint().unwrap();
+    same(source, node);
+    history.model.check(node, history.volume).unwrap();
+}
+
+#[test]
+fn a_replica_is_brought_up_to_date_while_the_source_works() {
+    for seed in 0..12 {
+        let setup = setup(seed);
+        let (mut source, disk, mut history) = setup.open(seed);
+        let mut node = reopen(&disk).unwrap();
+        let mut walk = Walk { source: &mut source, history: &mut history, fetched: 0, skipped: 0 };
+        let snapshot = walk.run(&mut node, setup.appended).unwrap();
+        assert!(walk.fetched > 3);
+        assert!(walk.history.entries.len() > snapshot.applied.0 as usize);
+        finish(&mut node, &mut source, &history, &snapshot);
+
+        // The old log is void, also for who opens the directory later.
+        drop(node);
+        let mut node = Node::open(&disk).unwrap();
+        assert_eq!(node.raft.compacted, (snapshot.applied.next(), TERM), "the first that is kept");
+        assert_eq!(node.index.0 as usize, history.entries.len());
+        history.model.check(&node, history.volume).unwrap();
+        assert_eq!(node.raft.hard_state.term, TERM);
+        // A mutation that was applied at the source counts here as well.
+        let op = Op::Write { offset: 0, len: 512, fill: 0xdead };
+        let again = node.propose(op.encode(history.seq, history.volume)).unwrap();
+        assert!(matches!(again[..], [Outcome::Done]), "{again:?}");
+        history.model.check(&node, history.volume).unwrap();
+    }
+}
+
+#[test]
+fn an_empty_replica_is_filled() {
+    let setup = setup(77);
+    let (mut source, _, mut history) = setup.open(5);
+    let disk = MemoryDisk::new(3);
+    let mut node = reopen(&disk).unwrap();
+    let mut walk = Walk { source: &mut source, history: &mut history, fetched: 0, skipped: 0 };
+    let snapshot = walk.run(&mut node, 0).unwrap();
+    finish(&mut node, &mut source, &history, &snapshot);
+}
+
+/// Power fails at the receiver at durability operation `n` of a transfer. True if it was over by
+/// then.
+fn cut_at(n: u64, setup: &Setup, style: CrashStyle) -> bool {
+    let (mut source, disk, mut history) = setup.open(n);
+    let mut node = reopen(&disk).unwrap();
+    disk.crash_at(disk.sync_points() + n);
+    let mut walk = Walk { source: &mut source, history: &mut history, fetched: 0, skipped: 0 };
+    let result = walk.run(&mut node, setup.appended);
+    let first = walk.fetched;
+    let installed = result.and_then(|snapshot| install(&mut node, &snapshot));
+    if let Err(error) = &installed {
+        assert!(matches!(error, ReceiveError::Store(_)) && disk.crashed(), "{error:?}");
+    }
+    drop(node);
+
+    let disk = disk.after_crash_as(style, n);
+    let mut node = reopen(&disk).unwrap();
+    let applied = node.reader.applied();
+    let is_old = applied.0 as usize <= setup.appended;
+    assert!(is_old || applied.0 as usize >= setup.entries.len(), "one or the other");
+    node.checkpoint().unwrap();
+    if is_old {
+        assert!(installed.is_err(), "what was installed is there for good");
+        // What of the old log is committed by now goes on, over whatever was fetched.
+        node.positions.extend(node.raft.kept.iter().map(|e| (e.index, e.position)));
+        let mut walk = Walk { source: &mut source, history: &mut history, fetched: 0, skipped: 0 };
+        let snapshot = walk.run(&mut node, setup.appended).unwrap();
+        assert!(walk.fetched + walk.skipped >= first.min(3));
+        finish(&mut node, &mut source, &history, &snapshot);
+    } else {
+        node.index = applied;
+        let end = history.entries.len();
+        follow(&mut node, &history, end, end);
+        node.checkpoint().unwrap();
+        source.checkpoint().unwrap();
+        same(&source, &node);
+        history.model.check(&node, history.volume).unwrap();
+    }
+    installed.is_ok()
+}
+
+#[test]
+fn power_loss_at_the_receiver_anywhere_in_a_transfer() {
+    for (seed, style) in [(200, CrashStyle::Kept), (201, CrashStyle::Blocks)] {
+        let setup = setup(seed);
+        let cuts = (1..).take_while(|n| !cut_at(*n, &setup, style)).count();
+        assert!(cuts > 20, "{cuts}");
+    }
+}
+
+#[test]
+fn a_chunk_that_the_old_log_brings_back_goes_again() {
+    let (source_disk, disk) = (MemoryDisk::new(1), MemoryDisk::new(2));
+    let (mut source, mut node) = (reopen(&source_disk).unwrap(), reopen(&disk).unwrap());
+    let volume = VolumeId((u64::from(SHARD.0) << 32) | 1);
+    let size = SIZE as u64;
+    let chunk = |at: u64, fill| Op::Write { offset: at * CHUNK as u64, len: 4096, fill };
+    let trim = Op::Trim { offset: 0, len: 5 * CHUNK as u64 };
+    let zeroes = Op::Zero { offset: 5 * CHUNK as u64, len: 2 * CHUNK as u64, no_hole: true };
+    let all = Op::Trim { offset: 5 * CHUNK as u64, len: size - 5 * CHUNK as u64 };
+    let ops = [chunk(9, 1), chunk(3, 2), zeroes, trim, all, chunk(11, 3)];
+    let mut model = Model::new(SIZE);
+    ops.iter().for_each(|op| model.apply(*op));
+    let create = encode_create_volume("v", size, "").unwrap();
+    let mut entries = vec![create, common::open_session(volume), encode_add_counter(42)];
+    entries.extend((1..).zip(ops).map(|(seq, op)| op.encode(seq, volume)));
+    let (rng, seq) = (StdRng::seed_from_u64(1), 100);
+    let history = History { entries, volume, model, rng, seq };
+
+    // The receiver has not yet applied what wrote chunks 3, 5 and 6.
+    follow(&mut node, &history, 6, 4);
+    node.checkpoint().unwrap();
+    let end = history.entries.len();
+    follow(&mut source, &history, end, end);
+    source.checkpoint().unwrap();
+    let snapshot = source.reader.snapshot().unwrap();
+    let page = source.reader.manifest(LogIndex(4), None, 100).unwrap();
+    assert_eq!(page.chunks.len(), 1);
+    let image = source.reader.read_chunk(volume, ChunkIndex(11)).unwrap().unwrap();
+    node.checkpointer.write_chunks(SHARD, vec![image]).unwrap();
+    let removed = node.checkpointer.remove_absent(SHARD, None, page.next, &page.present).unwrap();
+    assert_eq!(removed, 1, "chunk 9");
+    apply(&mut node, &history, 6);
+    node.checkpoint().unwrap();
+    assert_eq!(node.reader.manifest(LogIndex(0), None, 100).unwrap().chunks.len(), 4);
+    finish(&mut node, &mut source, &history, &snapshot);
+}
+
+#[test]
+fn what_was_fetched_before_a_crash_is_not_fetched_again() {
+    let setup = setup(300);
+    let (mut source, disk, mut history) = setup.open(1);
+    let mut node = reopen(&disk).unwrap();
+    let since = node.reader.manifest(LogIndex::ZERO, None, 1).unwrap().applied;
+    let page = source.reader.manifest(since, None, 100).unwrap();
+    assert_eq!(page.next, None);
+    let images = page.chunks.iter().map(|stamp| {
+        let image = source.reader.read_chunk(stamp.volume, stamp.chunk).unwrap().unwrap();
+        assert_eq!((image.last_index, image.data.len() as u64), (stamp.last_index, stamp.bytes));
+        image
+    });
+    node.checkpointer.write_chunks(SHARD, images.collect()).unwrap();
+    node.checkpoint().unwrap();
+    drop(node);
+    let mut node = reopen(&disk.after_crash_as(CrashStyle::Clean, 1)).unwrap();
+    node.checkpoint().unwrap();
+    for stamp in &page.chunks {
+        let has = node.reader.has_chunk(stamp.volume, stamp.chunk, stamp.last_index).unwrap();
+        assert!(has, "{stamp:?}");
+    }
+    let mut walk = Walk { source: &mut source, history: &mut history, fetched: 0, skipped: 0 };
+    node.positions.extend(node.raft.kept.iter().map(|e| (e.index, e.position)));
+    let snapshot = walk.run(&mut node, setup.appended).unwrap();
+    assert!(walk.skipped > 0);
+    finish(&mut node, &mut source, &history, &snapshot);
+}
+
+#[test]
+fn an_abandoned_transfer_does_no_harm() {
+    // Chunks have come, newer than the log; then a leader turns up that still has all of the log.
+    for seed in 0..10 {
+        let setup = setup(400 + seed);
+        let (mut source, disk, mut history) = setup.open(seed);
+        let mut node = reopen(&disk).unwrap();
+        let mut walk = Walk { source: &mut source, history: &mut history, fetched: 0, skipped: 0 };
+        walk.run(&mut node, setup.appended).unwrap();
+        let end = history.entries.len();
+        for at in (0..=end).step_by(7).chain([end]) {
+            let at = at.max(node.writer.applied().0 as usize);
+            follow(&mut node, &history, at, at);
+            node.checkpoint().unwrap();
+        }
+        source.checkpoint().unwrap();
+        history.model.check(&node, history.volume).unwrap();
+        same(&source, &node);
+    }
+}
+
+#[test]
+fn nothing_damaged_foreign_or_old_is_taken_over() {
+    let setup = setup(500);
+    let (source, disk, history) = setup.open(1);
+    let mut node = reopen(&disk).unwrap();
+    let page = source.reader.manifest(LogIndex::ZERO, None, 1).unwrap();
+    let stamp = page.chunks[0];
+    let good = source.reader.read_chunk(stamp.volume, stamp.chunk).unwrap().unwrap();
+    let mut bad = vec![good.clone(); 6];
+    let mut data = good.data.to_vec();
+    data[100] ^= 1;
+    bad[0].data = data.into();
+    bad[1].data = good.data.slice(4096..);
+    bad[2].volume = VolumeId(good.volume.0 + (1 << 32));
+    bad[3].chunk = ChunkIndex(1 << 30);
+    bad[4].zero |= good.present;
+    bad[5].crcs[0] ^= 1;
+    for image in bad {
+        let result = node.checkpointer.write_chunks(SHARD, vec![good.clone(), image]);
+        assert!(matches!(result, Err(ReceiveError::BadChunk { .. })), "{result:?}");
+    }
+    assert!(!node.reader.has_chunk(stamp.volume, stamp.chunk, stamp.last_index).unwrap());
+
+    let snapshot = source.reader.snapshot().unwrap();
+    let mut body = snapshot.body.to_vec();
+    body[50] ^= 1;
+    let damaged = ShardSnapshot { body: body.into(), ..snapshot.clone() };
+    assert!(matches!(install(&mut node, &damaged), Err(ReceiveError::BadSnapshot)));
+    let old = node.reader.snapshot().unwrap();
+    apply(&mut node, &history, 25);
+    assert!(matches!(install(&mut node, &old), Err(ReceiveError::Stale { .. })));
+    // None of it counts as a failure of the disk.
+    node.checkpoint().unwrap();
+    let write = Op::Write { offset: 0, len: 512, fill: 1 }.encode(9999, history.volume);
+    let proposed: Result<Vec<Outcome>, Failure> = {
+        node.index = LogIndex(setup.appended as u64);
+        apply(&mut node, &history, setup.appended);
+        node.propose(write)
+    };
+    assert_eq!(proposed.unwrap(), [Outcome::Done]);
+    assert_eq!(node.reader.sessions()[0].id, SESSION);
+}
