@@ -1,6 +1,7 @@
 //! Runs simulated clusters: `nbd-sim --seeds 1000`, or `nbd-sim --seed 7 --trace` to see one.
 
 use std::process::ExitCode;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -11,6 +12,7 @@ use nbd_sim::plant::Plant;
 use nbd_sim::profile::Profile;
 use nbd_sim::run;
 use nbd_sim::shrink::shrink;
+use nbd_sim::world::Tally;
 
 /// Runs a whole cluster in one thread from one seed, many times over.
 #[derive(Debug, Parser)]
@@ -105,6 +107,7 @@ fn many(arguments: &Arguments) -> bool {
     println!("seeds {from} to {}", end.saturating_sub(1));
     let (next, done, events) = (AtomicU64::new(from), AtomicU64::new(0), AtomicU64::new(0));
     let failed = AtomicBool::new(false);
+    let tally = Mutex::new(Tally::new());
     let started = Instant::now();
     thread::scope(|scope| {
         for _ in 0..arguments.jobs {
@@ -117,6 +120,11 @@ fn many(arguments: &Arguments) -> bool {
                     let profile = arguments.world(seed);
                     let outcome = run::run(seed, profile.clone(), Plant::Nothing, false);
                     events.fetch_add(outcome.events, Ordering::Relaxed);
+                    if let Ok(mut tally) = tally.lock() {
+                        for (what, count) in outcome.tally {
+                            *tally.entry(what).or_default() += count;
+                        }
+                    }
                     if let Some(failure) = outcome.failure {
                         failed.store(true, Ordering::Relaxed);
                         report(arguments, seed, profile, failure);
@@ -130,6 +138,9 @@ fn many(arguments: &Arguments) -> bool {
             });
         }
     });
+    for (what, count) in tally.into_inner().unwrap_or_default() {
+        println!("{count:>12} {what}");
+    }
     let (count, elapsed) = (done.into_inner(), started.elapsed());
     let each = elapsed.as_millis() * u128::from(arguments.jobs) / u128::from(count.max(1));
     println!(

@@ -6,7 +6,7 @@ use crate::failure::{Breach, Failure};
 use crate::plant::Plant;
 use crate::profile::Profile;
 use crate::time::SimTime;
-use crate::world::World;
+use crate::world::{Tally, World};
 
 /// What came of a world.
 #[derive(Debug, Clone)]
@@ -21,6 +21,8 @@ pub struct Outcome {
     pub lasted: SimTime,
     /// What broke.
     pub failure: Option<Failure>,
+    /// How often what happened.
+    pub tally: Tally,
     /// Everything that happened as text, if asked for.
     pub lines: Vec<String>,
 }
@@ -44,6 +46,7 @@ pub fn run(seed: u64, profile: Profile, plant: Plant, with_text: bool) -> Outcom
         operations: world.history().operations().len(),
         lasted: world.now(),
         failure,
+        tally: world.tally().clone(),
         lines: world.trace().lines().to_vec(),
     }
 }

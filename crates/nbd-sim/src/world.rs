@@ -25,7 +25,7 @@ mod server;
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use nbd_consensus::Timestamp;
+use nbd_consensus::{Role, Timestamp};
 use nbd_session::{Query, QueryId};
 use nbd_shard::{Actions, Answer, Event, FetchPlan};
 use nbd_store::{Epoch, Outcome, Owner, Rejection, SessionId, SpaceGrant, VolumeId};
@@ -153,6 +153,9 @@ struct Volume {
     id: Option<VolumeId>,
 }
 
+/// How often what happened: shows whether worlds come to the places that matter.
+pub type Tally = BTreeMap<&'static str, u64>;
+
 /// A whole cluster.
 #[derive(Debug)]
 pub struct World {
@@ -177,6 +180,8 @@ pub struct World {
     phase: Phase,
     trace: Trace,
     failure: Option<Failure>,
+    /// How often what happened.
+    tally: Tally,
     /// Mutations of sessions whose end is not confirmed yet, and which front end, in which of its
     /// lives, held them.
     unfenced: Vec<(usize, u32, ShardId, OperationId)>,
@@ -209,6 +214,7 @@ impl World {
             phase: Phase::Busy,
             trace: Trace::new(with_text),
             failure: None,
+            tally: Tally::default(),
             unfenced: Vec::new(),
             profile,
         };
@@ -256,6 +262,16 @@ impl World {
     #[must_use]
     pub const fn now(&self) -> SimTime {
         self.schedule.now()
+    }
+
+    /// How often what happened.
+    #[must_use]
+    pub const fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    fn count(&mut self, what: &'static str) {
+        *self.tally.entry(what).or_default() += 1;
     }
 
     fn tell(&mut self, told: &Told) {
@@ -387,6 +403,9 @@ impl World {
         if (before.role, before.term) != (after.role, after.term) {
             let (role, term) = (after.role as u8, after.term.0);
             self.tell(&Told::Role { node, shard: shard.0, role, term });
+            if after.role == Role::Leader {
+                self.count("elections won");
+            }
         }
         if before.committed != after.committed {
             let index = after.committed.0;

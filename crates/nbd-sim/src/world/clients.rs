@@ -218,6 +218,7 @@ impl World {
         let shard = self.volumes[self.clients[client].volume].shard;
         match outcome {
             Outcome::Done if self.ledger.has_effect(shard, session, seq) => {
+                self.count("mutations answered");
                 self.history.answer(operation, Vec::new());
                 self.tell(&Told::Answer { operation: operation.0, what: 0 });
             }
@@ -229,6 +230,7 @@ impl World {
     /// The request failed; a mutation may have had an effect all the same.
     pub(super) fn on_operation_failed(&mut self, client: usize, operation: OperationId) {
         self.clients[client].outstanding.remove(&operation);
+        self.count("requests failed");
         self.tell(&Told::Answer { operation: operation.0, what: 1 });
     }
 
@@ -257,6 +259,7 @@ impl World {
                 let what = values.iter().fold(0, |sum: u64, value| {
                     sum.wrapping_mul(31).wrapping_add(value.0)
                 });
+                self.count("reads answered");
                 self.history.answer(operation, values);
                 self.clients[client].outstanding.remove(&operation);
                 self.tell(&Told::Answer { operation: operation.0, what });

@@ -166,6 +166,10 @@ impl World {
 
     /// Every replica holds what applying each committed mutation once comes to.
     fn judge_replicas(&mut self) -> Result<(), Breach> {
+        // A good copy is one of the same version: all must have everything home.
+        for n in 0..self.nodes.len() {
+            self.checkpoint(n);
+        }
         for n in 0..self.nodes.len() {
             self.scrub(n);
             for at in 0..self.volumes.len() {
@@ -203,9 +207,8 @@ impl World {
         running.groups.get(&shard).map(|group| group.reader.clone())
     }
 
-    /// Brings everything home and makes good what is damaged there.
+    /// Makes good what is damaged.
     fn scrub(&mut self, n: usize) {
-        self.checkpoint(n);
         for shard in (0..self.profile.shards).map(ShardId) {
             let Some(reader) = self.reader(n, shard) else { continue };
             if let Ok(page) = reader.scrub(None, 1 << 16) {

@@ -237,7 +237,10 @@ impl World {
         let Some(link) = &mut self.clients[client].link else { return };
         let Some(resend) = link.session.attached(epoch) else { return };
         let first = !std::mem::replace(&mut link.opened, true);
+        let resent = resend.mutations.len() as u64;
+        *self.tally.entry("mutations sent again").or_default() += resent;
         let Some(connection) = link.connection else { return };
+        self.count("sessions attached");
         for (seq, command) in resend.mutations {
             let letter = Letter::Mutation { seq, command };
             self.post(connection, Side::Server, Parcel::Message(letter));
@@ -443,7 +446,9 @@ impl World {
                     self.history.fence(operation);
                 }
             }
-            (Purpose::EndSessions, Outcome::SessionsEnded(_)) => {
+            (Purpose::EndSessions, Outcome::SessionsEnded(count)) => {
+                *self.tally.entry("sessions ended by another life").or_default() +=
+                    u64::from(count);
                 let life = self.fronts[front].life;
                 let ended = |of: &(usize, u32, ShardId, OperationId)| {
                     of.0 == front && of.1 < life && of.2 == chore.shard

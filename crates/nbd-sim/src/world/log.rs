@@ -82,6 +82,7 @@ impl World {
             match running.log.append(&records) {
                 Ok(positions) => positions,
                 Err(AppendError::Full | AppendError::NoSpace) => {
+                    self.count("log writes without room");
                     self.checkpoint(n);
                     self.schedule.after(FULL_WAIT, Planned::LogDone { node: n, life });
                     return;
@@ -164,8 +165,11 @@ impl World {
         let _ = running.segments.prepare_spare();
         let _ = running.space.refresh();
         match running.checkpointer.run() {
-            Ok(report) => self.checkpointed(n, &report),
-            Err(CheckpointError::NoSpace) => {}
+            Ok(report) => {
+                self.count("checkpoints");
+                self.checkpointed(n, &report);
+            }
+            Err(CheckpointError::NoSpace) => self.count("checkpoints without room"),
             Err(_) => self.fail_node(n),
         }
     }
@@ -196,6 +200,7 @@ impl World {
             let (index, term, kind) = (place.index, place.term, raft_kind(place.kind));
             entries.push(Entry { index, term, kind, data: data.freeze() });
         }
+        self.count("entries fetched from the log");
         self.step(n, shard, Event::Fetched { first: plan.first, entries });
     }
 

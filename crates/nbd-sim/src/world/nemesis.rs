@@ -72,6 +72,7 @@ impl World {
     }
 
     fn struck(&mut self, kind: FaultKind, host: Host) {
+        self.count("faults");
         self.tell(&Told::Strike { kind, host });
     }
 

@@ -251,6 +251,7 @@ impl World {
             coarse: Timestamp(node.clock.read(self.schedule.now())),
             _lock: lock,
         }));
+        self.count("node starts");
         self.tell(&Told::Life { node: n, life, up: true });
         for recovered in shards {
             let shard = recovered.shard;

@@ -150,7 +150,10 @@ impl World {
         let (term, commit) = (plan.hard_state.term, plan.hard_state.commit);
         let state = HardState { term, vote, commit };
         match running.checkpointer.install(shard, &plan.snapshot, state, plan.log_floor) {
-            Ok(()) => self.step(n, shard, Event::Installed),
+            Ok(()) => {
+                self.count("snapshots installed");
+                self.step(n, shard, Event::Installed);
+            }
             Err(ReceiveError::Store(_)) => self.fail_node(n),
             Err(error) => self.on_receive_error(n, &error),
         }
@@ -256,6 +259,7 @@ impl World {
             replicas: vec![info.clone()],
             next_replica: info.id.get() + 1,
         };
+        self.count("replicas joined");
         self.form_as(n, shard, &formation, false);
     }
 
@@ -288,7 +292,10 @@ impl World {
             let Ok(Some(image)) = group.reader.read_chunk(volume, chunk) else { continue };
             let Some(running) = &mut self.nodes[n].running else { return };
             match running.checkpointer.replace_chunk(shard, &image) {
-                Ok(true) => return,
+                Ok(true) => {
+                    self.count("chunks repaired");
+                    return;
+                }
                 Ok(false) => {}
                 Err(error) => {
                     self.on_receive_error(n, &error);

@@ -185,8 +185,10 @@ impl World {
         let job = ReadJob { connection, id, shard, volume, offset, len, leased: true };
         // The time of the last tick will do: the lease is looked at again at the end.
         if group.replica.read_lease().is_some_and(|until| running.coarse < until) {
+            self.count("reads under a lease");
             self.begin_read(n, job);
         } else {
+            self.count("reads behind a barrier");
             let job = ReadJob { leased: false, ..job };
             self.step(n, shard, Event::Barrier(Reply::Barrier(job)));
         }
@@ -216,6 +218,7 @@ impl World {
         let bytes = match read.and_then(|mut plan| plan.read_blocking(&mut buffer)) {
             Ok(()) => Some(buffer.freeze()),
             Err(ReadError::Corrupt { volume, block, .. }) => {
+                self.count("damaged blocks met");
                 self.repair_block(n, job.shard, volume, block);
                 None
             }
@@ -242,6 +245,7 @@ impl World {
         let lease = group.replica.read_lease();
         let holds = lease.is_some_and(|until| local < until.0) || self.plant.skips_second_look();
         if job.leased && !holds {
+            self.count("leases lost during a read");
             let shard = job.shard;
             let job = ReadJob { leased: false, ..job };
             self.step(n, shard, Event::Barrier(Reply::Barrier(job)));
