@@ -1,0 +1,210 @@
+//! What lies between hosts: messages that may get lost, and connections that keep order and break.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use rand::rngs::StdRng;
+
+use crate::profile::NetworkProfile;
+use crate::random::Draw;
+use crate::time::Nanos;
+
+/// Number of a host: first the nodes, then the balancers.
+pub type Host = usize;
+
+/// Names a connection. Never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnectionId(pub u64);
+
+/// An end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Side {
+    /// Who opened it.
+    Client,
+    /// Whom it was opened to.
+    Server,
+}
+
+impl Side {
+    /// The opposite end.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Server,
+            Self::Server => Self::Client,
+        }
+    }
+
+    const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+/// What comes out of a connection.
+#[derive(Debug)]
+pub enum Parcel<M> {
+    /// What was sent, in order.
+    Message(M),
+    /// Nothing more will come.
+    Closed,
+}
+
+#[derive(Debug)]
+struct Connection<M> {
+    hosts: [Host; 2],
+    /// For each side what is on its way there.
+    to: [VecDeque<Parcel<M>>; 2],
+    /// Whether the side still listens.
+    open: [bool; 2],
+    /// When the last parcel for each side is due; later ones are due later.
+    due: [u64; 2],
+}
+
+/// The network. What is on its way has an event of its own in the schedule, which asks here what
+/// has arrived.
+#[derive(Debug)]
+pub struct Network<M> {
+    rng: StdRng,
+    profile: NetworkProfile,
+    hosts: usize,
+    /// For each pair, `from * hosts + to`: how many partitions keep them apart.
+    blocked: Vec<u32>,
+    connections: BTreeMap<ConnectionId, Connection<M>>,
+    next: u64,
+}
+
+impl<M> Network<M> {
+    /// A network without connections.
+    #[must_use]
+    pub fn new(hosts: usize, profile: NetworkProfile, rng: StdRng) -> Self {
+        let blocked = vec![0; hosts * hosts];
+        Self { rng, profile, hosts, blocked, connections: BTreeMap::new(), next: 1 }
+    }
+
+    /// Messages neither get lost nor late from now on.
+    pub fn calm(&mut self) {
+        let profile = &mut self.profile;
+        (profile.loss_ppm, profile.duplicate_ppm, profile.spike_ppm) = (0, 0, 0);
+        self.blocked.fill(0);
+    }
+
+    /// Begins or ends a partition of one direction.
+    pub fn block(&mut self, from: Host, to: Host, begins: bool) {
+        let count = &mut self.blocked[from * self.hosts + to];
+        *count = if begins { *count + 1 } else { count.saturating_sub(1) };
+    }
+
+    /// Whether nothing gets through.
+    #[must_use]
+    pub fn is_blocked(&self, from: Host, to: Host) -> bool {
+        from != to && self.blocked[from * self.hosts + to] > 0
+    }
+
+    fn delay(&mut self, from: Host, to: Host) -> Nanos {
+        if from == to {
+            return 1_000;
+        }
+        let mut delay = self.rng.span(self.profile.delay_min, self.profile.delay_max);
+        if self.rng.chance(self.profile.spike_ppm) {
+            delay += self.rng.span(0, self.profile.spike_max);
+        }
+        delay
+    }
+
+    /// How long each copy of a message takes: none if it is lost, two if it comes twice.
+    pub fn send(&mut self, from: Host, to: Host) -> [Option<Nanos>; 2] {
+        if self.is_blocked(from, to) || self.rng.chance(self.profile.loss_ppm) {
+            return [None, None];
+        }
+        let first = self.delay(from, to);
+        let again = self.rng.chance(self.profile.duplicate_ppm);
+        [Some(first), again.then(|| self.delay(from, to))]
+    }
+
+    /// A way there and back, or `None` if there is none.
+    pub fn round_trip(&mut self, from: Host, to: Host) -> Option<Nanos> {
+        if self.is_blocked(from, to) || self.is_blocked(to, from) {
+            return None;
+        }
+        Some(self.delay(from, to) + self.delay(to, from))
+    }
+
+    /// Opens a connection. It works at once; whether anybody is there shows when something is sent.
+    pub fn open(&mut self, client: Host, server: Host) -> ConnectionId {
+        let id = ConnectionId(self.next);
+        self.next += 1;
+        let connection = Connection {
+            hosts: [client, server],
+            to: [VecDeque::new(), VecDeque::new()],
+            open: [true; 2],
+            due: [0; 2],
+        };
+        self.connections.insert(id, connection);
+        id
+    }
+
+    /// Puts a parcel on its way to `side`; says in how long to look whether it has arrived. `None`:
+    /// nobody listens there any more.
+    pub fn transmit(
+        &mut self,
+        id: ConnectionId,
+        to: Side,
+        parcel: Parcel<M>,
+        now: u64,
+    ) -> Option<Nanos> {
+        let hosts = self.connections.get(&id)?.hosts;
+        let delay = self.delay(hosts[to.other().index()], hosts[to.index()]);
+        let connection = self.connections.get_mut(&id)?;
+        if !connection.open[to.index()] {
+            return None;
+        }
+        connection.to[to.index()].push_back(parcel);
+        let due = &mut connection.due[to.index()];
+        *due = (*due + 1).max(now + delay);
+        Some(*due - now)
+    }
+
+    /// The host at a side.
+    #[must_use]
+    pub fn host(&self, id: ConnectionId, side: Side) -> Option<Host> {
+        self.connections.get(&id).map(|connection| connection.hosts[side.index()])
+    }
+
+    /// Whether parcels to `side` are held up by a partition.
+    #[must_use]
+    pub fn is_stuck(&self, id: ConnectionId, side: Side) -> bool {
+        self.connections.get(&id).is_some_and(|connection| {
+            let hosts = connection.hosts;
+            self.is_blocked(hosts[side.other().index()], hosts[side.index()])
+        })
+    }
+
+    /// Takes the next parcel for `side`, if that side still listens.
+    pub fn take(&mut self, id: ConnectionId, side: Side) -> Option<Parcel<M>> {
+        let connection = self.connections.get_mut(&id)?;
+        let parcel = connection.to[side.index()].pop_front()?;
+        connection.open[side.index()].then_some(parcel)
+    }
+
+    /// `side` listens no more. What it sent stays on its way.
+    pub fn leave(&mut self, id: ConnectionId, side: Side) {
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.open[side.index()] = false;
+        if connection.open == [false; 2] {
+            self.connections.remove(&id);
+        }
+    }
+
+    /// Connections with an end at `host` that still listens, and which end that is.
+    #[must_use]
+    pub fn ends_at(&self, host: Host) -> Vec<(ConnectionId, Side)> {
+        let mut ends = Vec::new();
+        for (id, connection) in &self.connections {
+            for side in [Side::Client, Side::Server] {
+                if connection.hosts[side.index()] == host && connection.open[side.index()] {
+                    ends.push((*id, side));
+                }
+            }
+        }
+        ends
+    }
+}

@@ -1,0 +1,232 @@
+//! What a world is like: how large, and which faults strike how often.
+
+use std::collections::BTreeMap;
+
+use nbd_consensus::ReadMode;
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use crate::random::{Draw, Purpose, Streams};
+use crate::time::{MILLISECOND, Nanos, SECOND};
+
+/// Something that goes wrong, or is done to the cluster, now and then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FaultKind {
+    /// Some hosts cannot reach some others; both ways or one way.
+    Partition,
+    /// A node loses power, and comes back.
+    Crash,
+    /// A node loses power in the middle of a checkpoint, and comes back.
+    CrashInCheckpoint,
+    /// Every node loses power at once.
+    Blackout,
+    /// A host stands still for a while.
+    Pause,
+    /// Connections between two hosts break, though nobody died.
+    Reset,
+    /// A client's connection to its front end breaks.
+    Disconnect,
+    /// A front end dies with its clients' connections, and comes back as another.
+    FrontCrash,
+    /// Leadership is handed over.
+    Transfer,
+    /// A sync of a node's disk fails.
+    FailedSync,
+    /// A node's disk has hardly any room for a while.
+    FullDisk,
+    /// A bit of a node's data changes by itself.
+    BitFlip,
+    /// A node loses its disk, and joins anew.
+    Wipe,
+}
+
+impl FaultKind {
+    /// All of them.
+    pub const ALL: [Self; 13] = [
+        Self::Partition,
+        Self::Crash,
+        Self::CrashInCheckpoint,
+        Self::Blackout,
+        Self::Pause,
+        Self::Reset,
+        Self::Disconnect,
+        Self::FrontCrash,
+        Self::Transfer,
+        Self::FailedSync,
+        Self::FullDisk,
+        Self::BitFlip,
+        Self::Wipe,
+    ];
+
+    /// How often it strikes by default, when it does: the mean time between two of a kind.
+    const fn mean_interval(self) -> Nanos {
+        match self {
+            Self::Pause | Self::Reset | Self::Transfer => 700 * MILLISECOND,
+            Self::Partition | Self::Crash | Self::Disconnect => SECOND,
+            Self::CrashInCheckpoint => 1_500 * MILLISECOND,
+            Self::BitFlip | Self::FrontCrash | Self::FailedSync => 2 * SECOND,
+            Self::FullDisk | Self::Blackout | Self::Wipe => 3 * SECOND,
+        }
+    }
+}
+
+/// How messages travel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkProfile {
+    /// Chance of a message to be lost, in millionths.
+    pub loss_ppm: u32,
+    /// Chance of a message to come twice, in millionths.
+    pub duplicate_ppm: u32,
+    /// Shortest way.
+    pub delay_min: Nanos,
+    /// Longest way, as a rule.
+    pub delay_max: Nanos,
+    /// Chance of a message to take up to `spike_max` longer, in millionths.
+    pub spike_ppm: u32,
+    /// Longest extra delay.
+    pub spike_max: Nanos,
+}
+
+/// How long disks take.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskProfile {
+    /// Shortest write of the log.
+    pub write_min: Nanos,
+    /// Longest write of the log, as a rule.
+    pub write_max: Nanos,
+    /// Chance of a write to take up to `stall_max`, in millionths.
+    pub stall_ppm: u32,
+    /// Longest stall.
+    pub stall_max: Nanos,
+    /// Longest read.
+    pub read_max: Nanos,
+}
+
+/// A world to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Profile {
+    /// Nodes, each with a replica of every shard.
+    pub nodes: usize,
+    /// Front ends of their own; further ones are part of the nodes.
+    pub balancers: usize,
+    /// Shards.
+    pub shards: u32,
+    /// Volumes, dealt out to the shards in turn.
+    pub volumes: usize,
+    /// Size of a volume, in sectors. A multiple of 8.
+    pub sectors: u64,
+    /// Sectors that most requests fall on.
+    pub hot_sectors: u64,
+    /// Clients.
+    pub clients: usize,
+    /// Requests of all clients together.
+    pub operations: u32,
+    /// Requests that a client has under way, at most.
+    pub depth: usize,
+    /// Longest time that a client thinks between two requests.
+    pub think_max: Nanos,
+    /// Chance of a request to be a read, in millionths; most others are writes.
+    pub reads_ppm: u32,
+    /// How leaders know that they still lead.
+    pub read_mode: ReadMode,
+    /// Whether clocks differ in rate.
+    pub drift: bool,
+    /// Bytes of log entries that nodes keep in memory.
+    pub log_cache_bytes: usize,
+    /// Bytes of log that nodes keep for followers that lag.
+    pub retention_bytes: u64,
+    /// Mean time between two checkpoints of a node.
+    pub checkpoint_interval: Nanos,
+    /// How messages travel.
+    pub network: NetworkProfile,
+    /// How long disks take.
+    pub disk: DiskProfile,
+    /// Which faults strike, and the mean time between two of a kind.
+    pub faults: BTreeMap<FaultKind, Nanos>,
+}
+
+impl Profile {
+    /// The profile that belongs to a seed.
+    #[must_use]
+    pub fn draw(seed: u64) -> Self {
+        let mut rng = Streams::new(seed).of(Purpose::Profile);
+        let mut profile = Self::calm(&mut rng);
+        // Few kinds at a time reach further than all at once.
+        let kinds = rng.random_range(0..=5);
+        for _ in 0..kinds {
+            let kind = FaultKind::ALL[rng.random_range(0..FaultKind::ALL.len())];
+            let mean = kind.mean_interval();
+            profile.faults.insert(kind, rng.span(mean / 3, mean * 2));
+        }
+        if rng.chance(500_000) {
+            profile.network.loss_ppm = rng.random_range(0..100_000);
+            profile.network.duplicate_ppm = rng.random_range(0..50_000);
+        }
+        if rng.chance(400_000) {
+            profile.network.spike_ppm = rng.random_range(0..100_000);
+            profile.network.spike_max = rng.span(MILLISECOND, 400 * MILLISECOND);
+        }
+        if rng.chance(400_000) {
+            profile.disk.stall_ppm = rng.random_range(0..50_000);
+        }
+        profile
+    }
+
+    /// A world in which nothing goes wrong.
+    #[must_use]
+    pub fn calm(rng: &mut StdRng) -> Self {
+        let nodes = [3, 3, 3, 3, 4, 5][rng.random_range(0..6)];
+        let shards = if rng.chance(150_000) { 2 } else { 1 };
+        let sectors = 8 * rng.random_range(2..=64_u64);
+        let delay_min = rng.span(20_000, MILLISECOND);
+        Self {
+            nodes,
+            balancers: rng.random_range(1..=2),
+            shards,
+            volumes: rng.random_range(1..=2).max(shards as usize),
+            sectors,
+            hot_sectors: rng.random_range(4..=48).min(sectors),
+            clients: rng.random_range(2..=4),
+            operations: rng.random_range(80..=300),
+            depth: rng.random_range(1..=4),
+            think_max: rng.span(MILLISECOND, 60 * MILLISECOND),
+            reads_ppm: rng.random_range(200_000..=700_000),
+            read_mode: if rng.chance(200_000) { ReadMode::Quorum } else { ReadMode::Lease },
+            drift: rng.chance(700_000),
+            log_cache_bytes: if rng.chance(500_000) { 0 } else { 1 << 20 },
+            retention_bytes: [0, 64 << 10, 1 << 20][rng.random_range(0..3)],
+            checkpoint_interval: rng.span(30 * MILLISECOND, 2 * SECOND),
+            network: NetworkProfile {
+                loss_ppm: 0,
+                duplicate_ppm: 0,
+                delay_min,
+                delay_max: delay_min + rng.span(0, 3 * MILLISECOND),
+                spike_ppm: 0,
+                spike_max: 0,
+            },
+            disk: DiskProfile {
+                write_min: rng.span(30_000, 500_000),
+                write_max: rng.span(500_000, 4 * MILLISECOND),
+                stall_ppm: 0,
+                stall_max: 300 * MILLISECOND,
+                read_max: rng.span(50_000, 2 * MILLISECOND),
+            },
+            faults: BTreeMap::new(),
+        }
+    }
+}
+
+impl Profile {
+    /// The names of [`Self::named`].
+    pub const NAMES: [&'static str; 1] = ["calm"];
+
+    /// A profile of a certain kind; what else there is to it comes from the seed.
+    #[must_use]
+    pub fn named(name: &str, seed: u64) -> Option<Self> {
+        let mut rng = Streams::new(seed).of(Purpose::Profile);
+        match name {
+            "calm" => Some(Self::calm(&mut rng)),
+            _ => None,
+        }
+    }
+}
