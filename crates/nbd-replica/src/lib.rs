@@ -13,8 +13,10 @@
 //!
 //! - [`config`]: settings, checked before any socket opens.
 //! - [`app`]: starts and stops everything; who waits for whom is drawn there.
-//! - `nbd`: connections and sessions. `group_task`: owner of a group and of its shard's writer.
-//!   `log_thread`, `checkpoint_thread`: the two that wait for the disk.
+//! - `nbd`: connections and sessions. `shard_client`: their way to the leader, here or on another
+//!   node, where `session_service` takes it up. `group_task`: owner of a group and of its shard's
+//!   writer; `reply`: whom it tells. `log_thread`, `checkpoint_thread`: the two that wait for the
+//!   disk.
 //! - `http`: `/health`. `budget`, `limits`: what is bounded, and by how much. `metrics`: what is
 //!   counted.
 
@@ -29,6 +31,9 @@ mod limits;
 mod log_thread;
 mod metrics;
 mod nbd;
+mod reply;
+mod session_service;
+mod shard_client;
 
 pub use app::{Replica, StartError};
 pub use config::{Args, Config, InvalidConfig, Tuning};
