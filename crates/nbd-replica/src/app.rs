@@ -44,6 +44,9 @@ use crate::http::{Health, ShardProbe};
 use crate::log_thread::{self, LogHandle};
 use crate::metrics::NbdMetrics;
 use crate::nbd::{Listener, Node};
+use crate::shard_client::{
+    Access, CorruptReads, Links, NoRepair, Owner, Room, ShardClient, end_earlier_sessions,
+};
 
 /// A running node.
 #[derive(Debug)]
@@ -61,6 +64,9 @@ pub struct Replica {
     log_thread: thread::JoinHandle<()>,
     checkpoints: CheckpointHandle,
     checkpoint_thread: thread::JoinHandle<()>,
+    /// For tests that play another node.
+    #[cfg(test)]
+    pub(crate) shards: HashMap<ShardId, ShardClient>,
     /// Keeps other processes out of the data directory; let go last.
     lock: Box<dyn DiskLock>,
 }
@@ -166,15 +172,33 @@ impl Replica {
 
         let readiness = serve_readiness(&handles, &shutdown);
         serve_probes(&config, http, metrics, &handles, &failure, &readiness, &shutdown);
+        let metrics = NbdMetrics::new();
+        let access = Arc::new(Access {
+            cluster: config.cluster.name().clone(),
+            owner: Owner { node: 0, incarnation: rand::random() },
+            links: Links::default(),
+            room: Room { space, checkpoints: checkpoints.clone() },
+            repair: Arc::new(NoRepair),
+            shutdown: shutdown.clone(),
+            corrupt: CorruptReads(metrics.corrupt.clone()),
+        });
+        let shards: HashMap<_, _> = handles
+            .iter()
+            .map(|group| {
+                let shard = ShardClient { group: group.clone(), access: Arc::clone(&access) };
+                shutdown.spawn(end_earlier_sessions(shard.clone()));
+                (group.shard(), shard)
+            })
+            .collect();
+        #[cfg(test)]
+        let for_tests = shards.clone();
         let node = Node {
             shard_count: config.cluster.shard_count(),
-            groups: handles.iter().map(|g| (g.shard(), g.clone())).collect::<HashMap<_, _>>(),
+            shards,
             volumes: config.volumes,
             budget: ByteBudget::new(config.tuning.request_bytes_max.bytes()),
-            space,
-            checkpoints: checkpoints.clone(),
             shutdown: shutdown.clone(),
-            metrics: NbdMetrics::new(),
+            metrics,
         };
         let connections_max = config.tuning.connections_max as usize;
         shutdown.spawn(Listener::new(listener, Arc::new(node), connections_max).run());
@@ -193,6 +217,8 @@ impl Replica {
             log_thread,
             checkpoints,
             checkpoint_thread,
+            #[cfg(test)]
+            shards: for_tests,
             lock,
         })
     }

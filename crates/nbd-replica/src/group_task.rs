@@ -17,7 +17,6 @@
 //! gathers meanwhile goes into the next entry together.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -25,21 +24,20 @@ use nbd_consensus::{
     Committed, Effects, EntryKind, Group, Input, Proposal, RejectReason, Role, Ticket,
 };
 use nbd_log::log::LogPosition;
-use nbd_store::{Outcome, SessionInfo, ShardReader, ShardWriter, SpaceGrant};
-use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
+use nbd_store::{Outcome, SessionInfo, ShardReader, ShardWriter};
+use nbd_topology::{LogIndex, NodeName, ReplicaId, ShardId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use crate::budget::BytePermit;
 use crate::failure::{FailOnPanic, Failure};
 use crate::limits::{
     APPENDS_IN_FLIGHT_MAX, ENTRY_PACK_BYTES_MAX, GROUP_MAILBOX_MAX, LOG_BATCH_BYTES_MAX,
 };
 use crate::log_thread::{AppendJob, LogHandle, Persisted};
 use crate::metrics::GroupMetrics;
-use crate::nbd::Completion;
+use crate::reply::Reply;
 
 /// Requests taken from the mailbox in one turn.
 const TURN_REQUESTS_MAX: usize = 256;
@@ -48,39 +46,56 @@ const TURN_REQUESTS_MAX: usize = 256;
 /// more.
 const PERSISTED_MAX: usize = 64;
 
-/// What a mutation holds until it is applied: bytes of the budget and room on the disk.
-#[derive(Debug)]
-pub(crate) struct Hold {
-    pub(crate) _permit: Option<BytePermit>,
-    pub(crate) _grant: SpaceGrant,
+/// What came of a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(dead_code)]
+pub(crate) enum Answer {
+    /// The command was applied.
+    Outcome(Outcome),
+    /// A read may be served.
+    Ready,
+    /// Nothing was logged: this replica does not lead.
+    NotLeader(Option<ReplicaId>),
+    /// It may or may not have happened.
+    Lost,
 }
 
-/// Whom to tell the outcome of a command.
-#[derive(Debug)]
-pub(crate) enum Reply {
-    /// A session, by the number it gave the command's request. What the request holds is given back
-    /// when its last mutation has been applied, even if the session is gone by then.
-    Session { completions: mpsc::Sender<Completion>, token: usize, hold: Arc<Hold> },
-    /// One waiting caller.
-    Once(oneshot::Sender<Outcome>),
-    /// Nobody.
-    Nobody,
+/// Why a command has no outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[allow(dead_code)]
+pub(crate) enum RunError {
+    #[error("this replica does not lead the shard")]
+    NotLeader,
+    #[error("leadership was lost meanwhile")]
+    Lost,
+    #[error(transparent)]
+    Stopped(#[from] GroupStopped),
 }
 
-impl Reply {
-    fn send(self, outcome: Outcome) {
-        // A proposer that is gone needs no answer. A session's channel has room for all that it has
-        // under way.
-        match self {
-            Self::Session { completions, token, hold } => {
-                drop(hold);
-                let _ = completions.try_send(Completion::Mutation { token, outcome });
-            }
-            Self::Once(reply) => {
-                let _ = reply.send(outcome);
-            }
-            Self::Nobody => {}
-        }
+/// Where the shard's leader is, as far as this node knows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Route {
+    pub(crate) term: Term,
+    pub(crate) leader: Option<LeaderAt>,
+    pub(crate) serving: bool,
+}
+
+/// A leader and how to reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LeaderAt {
+    pub(crate) replica: ReplicaId,
+    pub(crate) node: NodeName,
+    pub(crate) grpc: String,
+    pub(crate) local: bool,
+}
+
+/// Permission to begin a read under the leader's lease.
+#[derive(Debug, Clone)]
+pub(crate) struct ReadPermit;
+
+impl ReadPermit {
+    pub(crate) fn holds(&self) -> bool {
+        true
     }
 }
 
@@ -119,6 +134,7 @@ pub(crate) struct GroupHandle {
     shard: ShardId,
     mailbox: mpsc::WeakSender<Request>,
     status: watch::Receiver<GroupStatus>,
+    route: watch::Receiver<Route>,
     reader: ShardReader,
 }
 
@@ -148,10 +164,31 @@ impl GroupHandle {
     }
 
     /// Proposes a command and waits for its outcome.
-    pub(crate) async fn run(&self, command: Bytes) -> Result<Outcome, GroupStopped> {
+    pub(crate) async fn run(&self, command: Bytes) -> Result<Outcome, RunError> {
         let (reply, outcome) = oneshot::channel();
         self.propose(command, Reply::Once(reply)).await?;
-        outcome.await.map_err(|_| GroupStopped)
+        match outcome.await.map_err(|_| GroupStopped)? {
+            Answer::Outcome(outcome) => Ok(outcome),
+            _ => Err(RunError::Lost),
+        }
+    }
+
+    pub(crate) fn route(&self) -> watch::Receiver<Route> {
+        self.route.clone()
+    }
+
+    pub(crate) fn read_permit(&self) -> Option<ReadPermit> {
+        self.status.borrow().serving.then_some(ReadPermit)
+    }
+
+    pub(crate) async fn barrier(&self) -> Result<(), RunError> {
+        Ok(self.serving().await?)
+    }
+
+    /// The same group as seen by a node that gets to know of its leader in another way.
+    #[cfg(test)]
+    pub(crate) fn with_route(&self, route: watch::Receiver<Route>) -> Self {
+        Self { route, ..self.clone() }
     }
 
     /// Waits until the shard can be read and written here.
@@ -192,10 +229,12 @@ pub(crate) fn new(parts: GroupParts) -> (GroupTask, GroupHandle, GroupKeeper) {
     let (mailbox, requests) = mpsc::channel(GROUP_MAILBOX_MAX);
     let (persisted_tx, persisted) = mpsc::channel(PERSISTED_MAX);
     let status = watch::Sender::new(status_of(&parts.group));
+    let route = watch::Sender::new(Route::default());
     let handle = GroupHandle {
         shard: parts.shard,
         mailbox: mailbox.downgrade(),
         status: status.subscribe(),
+        route: route.subscribe(),
         reader: parts.reader.clone(),
     };
     let task = GroupTask {
@@ -218,6 +257,7 @@ pub(crate) fn new(parts: GroupParts) -> (GroupTask, GroupHandle, GroupKeeper) {
         proposed: HashMap::new(),
         next_ticket: 0,
         status,
+        route,
     };
     (task, handle, GroupKeeper { _mailbox: mailbox })
 }
@@ -255,6 +295,7 @@ pub(crate) struct GroupTask {
     proposed: HashMap<Ticket, Packed>,
     next_ticket: u64,
     status: watch::Sender<GroupStatus>,
+    route: watch::Sender<Route>,
     metrics: GroupMetrics,
 }
 
@@ -402,7 +443,7 @@ impl GroupTask {
             self.metrics.commit(packed.since.elapsed());
             assert_eq!(outcomes.len(), packed.replies.len(), "one outcome a command");
             for (reply, outcome) in packed.replies.into_iter().zip(outcomes) {
-                reply.send(outcome);
+                reply.send(Answer::Outcome(outcome));
             }
         }
         Some(last)
@@ -425,6 +466,13 @@ impl GroupTask {
         }
         self.metrics.status(&now);
         self.status.send_replace(now.clone());
+        let leader = now.leader.map(|replica| LeaderAt {
+            replica,
+            node: "this-node".parse().expect("a name"),
+            grpc: String::new(),
+            local: true,
+        });
+        self.route.send_replace(Route { term: now.term, leader, serving: now.serving });
         if now.role != before.role {
             info!(shard = %self.shard, role = ?now.role, term = %now.term, "role");
         }
