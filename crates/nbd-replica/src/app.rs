@@ -75,6 +75,9 @@ pub struct Replica {
     /// Group tasks, also of shards that are still being formed.
     groups: TaskTracker,
     services: Services,
+    /// For tests that play another node.
+    #[cfg(test)]
+    pub(crate) shards: HashMap<ShardId, ShardClient>,
     log_thread: thread::JoinHandle<()>,
     checkpoints: CheckpointHandle,
     checkpoint_thread: thread::JoinHandle<()>,
@@ -236,6 +239,8 @@ impl Replica {
             checkpoints: checkpoints.clone(),
         };
         serve_probes(http, metrics, health, &readiness, &shutdown);
+        #[cfg(test)]
+        let for_tests = clients.clone();
         let node = Node {
             shard_count: config.cluster.shard_count(),
             shards: clients,
@@ -262,6 +267,8 @@ impl Replica {
             keepers,
             groups,
             services,
+            #[cfg(test)]
+            shards: for_tests,
             log_thread,
             checkpoints,
             checkpoint_thread,

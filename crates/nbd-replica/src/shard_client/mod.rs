@@ -25,6 +25,8 @@ pub(crate) mod read;
 mod remote;
 pub(crate) mod room;
 pub(crate) mod session;
+#[cfg(test)]
+mod tests;
 pub(crate) mod wire;
 
 use std::future::Future;

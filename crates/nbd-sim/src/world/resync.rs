@@ -214,9 +214,9 @@ impl World {
         };
         let id = group.id;
         let Some(membership) = self.membership(shard) else { return };
-        let old = membership.all().find(|other| {
-            *other != id && self.places.get(&(shard, *other)) == Some(&n)
-        });
+        let old = membership
+            .all()
+            .find(|other| *other != id && self.places.get(&(shard, *other)) == Some(&n));
         let change = if !membership.contains(id) {
             MembershipChange::AddLearner(id)
         } else if let Some(old) = old {
