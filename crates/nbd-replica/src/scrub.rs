@@ -354,7 +354,8 @@ impl Scrubber {
         source: &ChunkSource,
         others: &[ChunkSource],
     ) {
-        let (mine, theirs) = (own_copy(reader, volume, chunk).await, copy(source, volume, chunk).await);
+        let (mine, theirs) =
+            (own_copy(reader, volume, chunk).await, copy(source, volume, chunk).await);
         let mut third = Vec::with_capacity(others.len());
         for other in others {
             third.push(copy(other, volume, chunk).await);
@@ -375,7 +376,7 @@ impl Scrubber {
             }
             Verdict::Undecided => {
                 self.found();
-                error!(%shard, %volume, %chunk, %with, "copies of a chunk differ: no telling which is right");
+                error!(%shard, %volume, %chunk, %with, "copies of a chunk differ, and none is in the majority");
             }
         }
     }

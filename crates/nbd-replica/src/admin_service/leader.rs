@@ -10,9 +10,7 @@ use nbd_topology::{LogIndex, MembershipChange, ReplicaId};
 use tonic::Status as Refused;
 use tracing::info;
 
-use super::rules::{
-    Denied, Promotion, Removal, may_join, may_lead, promotion, removal, successor,
-};
+use super::rules::{Denied, Promotion, Removal, may_join, may_lead, promotion, removal, successor};
 use crate::formation::info_to_wire;
 use crate::group_task::{GroupHandle, RunError};
 

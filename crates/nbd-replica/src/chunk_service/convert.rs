@@ -100,9 +100,8 @@ pub(crate) fn image_to_wire(image: ChunkImage) -> v1::ChunkImage {
 
 /// The image, its bytes checked against their checksums.
 pub(crate) fn image_from_wire(image: v1::ChunkImage) -> Result<ChunkImage, Refusal> {
-    let bits = |bits: u32| {
-        u16::try_from(bits).map_err(|_| Refusal::Malformed("a chunk has 16 blocks"))
-    };
+    let bits =
+        |bits: u32| u16::try_from(bits).map_err(|_| Refusal::Malformed("a chunk has 16 blocks"));
     let (present, zero) = (bits(image.present)?, bits(image.zero)?);
     if image.crcs.len() != present.count_ones() as usize {
         return Err(Refusal::Malformed("a chunk has one checksum for each block with data"));

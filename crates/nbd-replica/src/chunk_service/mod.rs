@@ -93,8 +93,9 @@ impl ChunkService {
             let text = format!("shard {shard} knows no replica {from}");
             return Err(Status::failed_precondition(text));
         }
-        let permit = Arc::clone(&self.calls).try_acquire_owned().map_err(|_| {
-            Refusal::TooMany { what: "calls for chunks under way", limit: CALLS_MAX }
+        let permit = Arc::clone(&self.calls).try_acquire_owned().map_err(|_| Refusal::TooMany {
+            what: "calls for chunks under way",
+            limit: CALLS_MAX,
         })?;
         Ok(Call { reader, from, permit })
     }

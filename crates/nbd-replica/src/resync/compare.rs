@@ -25,8 +25,11 @@ pub(crate) fn unequal_ranges(
         covered.map(|range| (key(range), range.digest)).collect()
     };
     let (theirs, mine) = (within(theirs), within(mine));
-    let mut unequal: Vec<ChunkKey> =
-        theirs.iter().filter(|(key, digest)| mine.get(key) != Some(digest)).map(|(k, _)| *k).collect();
+    let mut unequal: Vec<ChunkKey> = theirs
+        .iter()
+        .filter(|(key, digest)| mine.get(key) != Some(digest))
+        .map(|(k, _)| *k)
+        .collect();
     unequal.extend(mine.keys().filter(|key| !theirs.contains_key(key)));
     unequal.sort_unstable();
     (unequal, end)
@@ -121,7 +124,8 @@ mod tests {
 
     #[test]
     fn pages_of_different_length_are_compared_as_far_as_both_reach() {
-        let (theirs, mine) = ([range(0, 5), range(1024, 6), range(2048, 7)], [range(0, 5), range(1024, 9)]);
+        let (theirs, mine) =
+            ([range(0, 5), range(1024, 6), range(2048, 7)], [range(0, 5), range(1024, 9)]);
         assert_eq!(unequal_ranges(&theirs, &mine), (vec![key(1024)], Some(key(1024))));
         // One side has nothing more: the other's ranges are all unequal.
         assert_eq!(unequal_ranges(&[], &mine), (vec![key(0), key(1024)], Some(key(1024))));

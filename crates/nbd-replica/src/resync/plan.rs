@@ -144,13 +144,7 @@ impl Comparison {
 impl Resync {
     /// A resync to be begun.
     pub(crate) fn new() -> Self {
-        Self {
-            state: State::Start,
-            pass: 0,
-            pass_began: Duration::ZERO,
-            round: 0,
-            failures: 0,
-        }
+        Self { state: State::Start, pass: 0, pass_began: Duration::ZERO, round: 0, failures: 0 }
     }
 
     /// Whether the group has been told and decides what follows.
@@ -287,9 +281,7 @@ impl Resync {
                 let chunks = at.refetch[..at.refetch.len().min(FETCH_CHUNKS_MAX)].to_vec();
                 Want::Refetch { chunks }
             }
-            State::Comparing(at) => {
-                Want::Compare { after: at.after, upto: at.snapshot.applied }
-            }
+            State::Comparing(at) => Want::Compare { after: at.after, upto: at.snapshot.applied },
             State::Told => Want::Pause(PAUSE_MAX),
         }
     }

@@ -184,7 +184,10 @@ mod tests {
         assert_eq!(quarter.eta, Some(3 * second));
         assert_eq!(ResyncProgress::new(0, 400, second).eta, None);
         let more_than_thought = ResyncProgress::new(500, 400, second);
-        assert_eq!((more_than_thought.bytes_done, more_than_thought.eta), (400, Some(Duration::ZERO)));
+        assert_eq!(
+            (more_than_thought.bytes_done, more_than_thought.eta),
+            (400, Some(Duration::ZERO))
+        );
     }
 
     #[test]

@@ -213,8 +213,10 @@ impl ChunkSource {
     ) -> Result<Vec<Option<Bytes>>, SourceError> {
         let mut found = Vec::with_capacity(wanted.len());
         for wanted in wanted.chunks(BLOCKS_MAX) {
-            let blocks = wanted.iter().map(|&(volume, block, crc)| {
-                v1::BlockWanted { volume: volume.0, block, crc }
+            let blocks = wanted.iter().map(|&(volume, block, crc)| v1::BlockWanted {
+                volume: volume.0,
+                block,
+                crc,
             });
             let request = v1::BlocksRequest { to: self.address(), blocks: blocks.collect() };
             let request = within(CALL_DEADLINE, request);
@@ -223,9 +225,9 @@ impl ChunkSource {
                 return Err(Refusal::Malformed("not one answer for each block").into());
             }
             let blocks = reply.blocks.into_iter().map(|block| block.data);
-            found.extend(blocks.zip(wanted).map(|(data, (_, _, crc))| {
-                is_block(&data, *crc).then_some(data)
-            }));
+            found.extend(
+                blocks.zip(wanted).map(|(data, (_, _, crc))| is_block(&data, *crc).then_some(data)),
+            );
         }
         Ok(found)
     }

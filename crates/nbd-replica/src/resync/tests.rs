@@ -118,8 +118,7 @@ impl Node {
     fn apply(&mut self, data: &Bytes) -> Vec<Outcome> {
         let index = self.reader.applied().next();
         let state = LoggedState { term: TERM, vote: 1, commit: LogIndex(index.0 - 1) };
-        let entry =
-            EntryRecord { shard: SHARD, index, term: TERM, kind: EntryKind::Command, data };
+        let entry = EntryRecord { shard: SHARD, index, term: TERM, kind: EntryKind::Command, data };
         let records = [Record::HardState(SHARD, state), Record::Entry(entry)];
         let positions = self.log.append(&records).unwrap();
         self.end = positions[1].plus(data.len() as u64);
@@ -173,9 +172,8 @@ impl Node {
             checkpoints: self.checkpoints.clone(),
             damaged: self.damaged.0.clone(),
         });
-        let server = nbd_rpc::server()
-            .add_service(ChunksServer::new(service))
-            .serve_with_incoming_shutdown(
+        let server =
+            nbd_rpc::server().add_service(ChunksServer::new(service)).serve_with_incoming_shutdown(
                 nbd_rpc::incoming(listener),
                 stop.clone().cancelled_owned(),
             );
