@@ -39,15 +39,15 @@ const POLL: Duration = Duration::from_millis(200);
 /// Wait after a checkpoint that found no room, before the next try.
 const NO_SPACE_WAIT: Duration = Duration::from_secs(1);
 
-/// Jobs that may wait. One holds up to 8 MiB of a peer's data, so this many are 64 MiB; who has more
-/// waits with it.
+/// Jobs that may wait. One holds up to 8 MiB of a peer's data, so this many are 64 MiB; who has
+/// more waits with it.
 const JOBS_MAX: usize = 8;
 
 /// Jobs carried out before the thread looks again whether it is time for a checkpoint.
 const JOBS_PER_TURN: usize = 4;
 
-/// Damaged chunks found by checkpoints that may wait for their repair. Those past it are found again
-/// by the scrub.
+/// Damaged chunks found by checkpoints that may wait for their repair. Those past it are found
+/// again by the scrub.
 pub(crate) const DAMAGED_MAX: usize = 1024;
 
 /// Why a job was not done.

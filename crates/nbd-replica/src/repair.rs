@@ -23,8 +23,8 @@ use crate::shard_client::{BlockRepair, Fetched};
 
 /// | name | meaning |
 /// | --- | --- |
-/// | `integrity_repaired_blocks_total` | damaged blocks made good from a peer, for a read or at home |
-/// | `integrity_unrepairable_total` | damaged blocks or chunks that no peer had a good copy of |
+/// | `integrity_repaired_blocks_total` | damaged blocks made good from a peer, read or at home |
+/// | `integrity_unrepairable_total` | damaged blocks or chunks of which no peer has a good copy |
 #[derive(Clone)]
 struct RepairMetrics {
     repaired: Counter,
@@ -165,7 +165,7 @@ impl Repairer {
             // Changed meanwhile, which wrote it anew as far as that could be done.
             return self.is_whole(damaged).await;
         }
-        error!(%shard, %volume, %chunk, "a chunk is damaged, and no peer has the same version of it");
+        error!(%shard, %volume, %chunk, "a chunk is damaged, and no peer has it whole");
         self.metrics.unrepairable.increment(1);
         false
     }

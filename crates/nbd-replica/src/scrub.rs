@@ -365,18 +365,18 @@ impl Scrubber {
             Verdict::Fine => {}
             Verdict::Adopt(image) => {
                 self.found();
-                error!(%shard, %volume, %chunk, %with, "this copy of a chunk is wrong: repairing it");
+                error!(%shard, %volume, %chunk, %with, "this copy of a chunk is wrong");
                 if self.parts.repairer.adopt(shard, *image).await {
                     self.parts.state.counts.repaired.fetch_add(1, Ordering::Relaxed);
                 }
             }
             Verdict::TheirsIsWrong => {
                 self.found();
-                error!(%shard, %volume, %chunk, %with, "another replica's copy of a chunk is wrong");
+                error!(%shard, %volume, %chunk, %with, "the other copy of a chunk is wrong");
             }
             Verdict::Undecided => {
                 self.found();
-                error!(%shard, %volume, %chunk, %with, "copies of a chunk differ: no telling which is right");
+                error!(%shard, %volume, %chunk, %with, "copies of a chunk all differ");
             }
         }
     }

@@ -224,7 +224,7 @@ mod tests {
             matched: 90 + id,
             lag: 10 - id,
         };
-        let members = members(&v1::MembersReply {
+        let table = members(&v1::MembersReply {
             leader: 1,
             members: vec![
                 member(1, true, true, false),
@@ -234,7 +234,7 @@ mod tests {
             ..Default::default()
         });
         let rows: Vec<Vec<&str>> =
-            members.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+            table.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(rows[0], ["1", "n1", "leader", "yes", "91", "9"]);
         assert_eq!(rows[1], ["2", "n2", "voter", "no", "92", "8"]);
         assert_eq!(rows[2], ["4", "n4", "learner", "resync", "94", "6"]);

@@ -1,7 +1,7 @@
 //! [`Admin`]: forming groups, and changing who belongs to them.
 //!
-//! Calls for the leader are passed on by replicas that do not lead, once: a replica that gets a call
-//! passed on and does not lead either says where the leader is, if it knows.
+//! Calls for the leader are passed on by replicas that do not lead, once: a replica that gets a
+//! call passed on and does not lead either says where the leader is, if it knows.
 
 mod leader;
 mod rules;

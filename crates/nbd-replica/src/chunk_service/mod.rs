@@ -1,8 +1,8 @@
 //! What peers read of this node's data: the source side of resync, scrub and repair.
 //!
-//! Every call that looks something up does so on the blocking pool, and there are bounds on how many
-//! there are at a time. It has a TCP connection of its own for each peer that asks, so that chunks
-//! never delay heartbeats.
+//! Every call that looks something up does so on the blocking pool, and there are bounds on how
+//! many there are at a time. It has a TCP connection of its own for each peer that asks, so that
+//! chunks never delay heartbeats.
 
 pub(crate) mod convert;
 

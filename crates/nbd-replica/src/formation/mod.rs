@@ -6,7 +6,7 @@
 //!
 //! | answers | decision |
 //! | --- | --- |
-//! | one has formed, and lists this node's first id with this very directory | form, as that one did |
+//! | one has formed, and lists this node's first id and directory | form, as that one did |
 //! | one has formed, and does not | this is another replica: [`join`](crate::join) under a new id |
 //! | all are fresh, twice in a row, with the same directories | form a new group |
 //! | else | ask again |
@@ -277,8 +277,8 @@ pub(crate) struct Former {
 }
 
 impl Former {
-    /// What the shard's group starts from: as the store knows it, or as is found out now and stored.
-    /// Takes as long as it takes until enough peers are there.
+    /// What the shard's group starts from: as the store knows it, or as is found out now and
+    /// stored. Takes as long as it takes until enough peers are there.
     pub(crate) async fn form(
         &self,
         reader: &ShardReader,

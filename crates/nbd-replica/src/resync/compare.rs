@@ -7,7 +7,8 @@ use nbd_topology::LogIndex;
 
 use crate::chunk_service::DigestsAt;
 
-/// Ranges that two pages do not agree on, and where the next pages begin. `None`: all were compared.
+/// Ranges that two pages do not agree on, and where the next pages begin. `None`: all were
+/// compared.
 ///
 /// Both pages begin at the same place. Each may end anywhere; an empty one says that there are no
 /// more ranges.

@@ -28,8 +28,8 @@ use crate::checkpoint_thread::{CheckpointHandle, JobError};
 use crate::chunk_service::{DIGEST_RANGES_MAX, DigestsAt};
 use crate::failure::Failure;
 
-/// Bytes of chunks that are stored together. A job of this size takes the disk some 10 ms, for which
-/// a checkpoint may have to wait.
+/// Bytes of chunks that are stored together. A job of this size takes the disk some 10 ms, for
+/// which a checkpoint may have to wait.
 const STORE_BYTES: usize = 4 << 20;
 
 /// Wait before an installation that found no room is tried again.

@@ -1,8 +1,9 @@
 //! Catching up with a peer whose log no longer reaches back far enough.
 //!
-//! The group says when ([`ResyncHandle::offered`]); the driver then fetches the chunks that changed,
-//! a page of the manifest at a time, has the checkpoint thread store them, compares the result with
-//! the source's digests, and tells the group. Writes of clients go on meanwhile, at the source.
+//! The group says when ([`ResyncHandle::offered`]); the driver then fetches the chunks that
+//! changed, a page of the manifest at a time, has the checkpoint thread store them, compares the
+//! result with the source's digests, and tells the group. Writes of clients go on meanwhile, at the
+//! source.
 //!
 //! ```text
 //!  group task ──offered, install, dropped──▶ driver ◀──chunks── ChunkService of the source
@@ -39,8 +40,8 @@ pub(crate) trait ResyncGroup: Send + Sync + 'static {
     /// Reads the group's shard.
     fn reader(&self) -> &ShardReader;
 
-    /// Says that everything this snapshot needs is in the store. The group then has it installed, or
-    /// drops it.
+    /// Says that everything this snapshot needs is in the store. The group then has it installed,
+    /// or drops it.
     fn resync_ready(
         &self,
         snapshot: ShardSnapshot,

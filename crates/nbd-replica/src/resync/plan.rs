@@ -10,8 +10,8 @@
 //!                                      Ready ─▶ (the group) ─▶ Install ─▶ done
 //! ```
 //!
-//! Nothing is kept of an interrupted resync but what is in the store: whoever starts over is told by
-//! the manifest what there should be, skips what is there, and goes on with the rest.
+//! Nothing is kept of an interrupted resync but what is in the store: whoever starts over is told
+//! by the manifest what there should be, skips what is there, and goes on with the rest.
 
 use std::time::Duration;
 

@@ -60,8 +60,8 @@ impl ChunkPeers {
         Self { cluster, channels: Mutex::default() }
     }
 
-    /// The replica `to` of the shard, at this address, as asked by the replica `from`. Connects when
-    /// the first call is made.
+    /// The replica `to` of the shard, at this address, as asked by the replica `from`. Connects
+    /// when the first call is made.
     pub(crate) fn source(
         &self,
         shard: ShardId,
