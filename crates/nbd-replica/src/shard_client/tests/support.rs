@@ -28,9 +28,9 @@ const CLUSTER: &str = r#"
     name = "demo"
     [[nodes]]
     name = "leads"
-    nbd = "127.0.0.1:0"
-    grpc = "127.0.0.1:0"
-    http = "127.0.0.1:0"
+    nbd = "127.0.0.1:1"
+    grpc = "127.0.0.1:2"
+    http = "127.0.0.1:3"
     [[shards]]
     replicas = ["leads"]
 "#;
@@ -59,7 +59,12 @@ impl Leader {
         tuning.log_bytes_max = nbd_service::ByteSize::new(256 << 20);
         tuning.checkpoint_log_bytes = nbd_service::ByteSize::new(64 << 20);
         let node = "leads".parse().unwrap();
-        let config = Config::new(cluster, node, directory.path().join("data"), tuning).unwrap();
+        let data = directory.path().join("data");
+        let mut config = Config::new(cluster, node, data, tuning).unwrap();
+        let free: nbd_service::HostPort = "127.0.0.1:0".parse().unwrap();
+        config.listen.nbd = free.clone();
+        config.listen.grpc = free.clone();
+        config.listen.http = free;
         let replica = Replica::start(config, recorder()).await.unwrap();
         let shard = replica.shards.values().next().unwrap().clone();
         let create = command::encode_create_volume("vol", 256 << 20, "").unwrap();
