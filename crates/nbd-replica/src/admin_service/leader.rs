@@ -5,7 +5,9 @@ use std::time::Duration;
 use nbd_consensus::{RejectReason, Status};
 use nbd_rpc::v1;
 use nbd_shard::Answer;
-use nbd_store::{Formation, Outcome, ReplicaInfo, ReplicaRegistration, encode_register_replica};
+use nbd_store::{
+    Formation, Outcome, Rejection, ReplicaInfo, ReplicaRegistration, encode_register_replica,
+};
 use nbd_topology::{LogIndex, MembershipChange, ReplicaId};
 use tonic::Status as Refused;
 use tracing::info;
@@ -74,10 +76,16 @@ impl Leader {
         let status = self.status().await?;
         let replicas = self.group.reader().replicas();
         may_join(&status, &replicas, me, &new).map_err(Denied::into_status)?;
-        let command = encode_register_replica(&new)
+        let next = ReplicaId::new(self.me()?.next_replica)
+            .ok_or_else(|| Refused::internal("there is no id left"))?;
+        let command = encode_register_replica(&new, next)
             .map_err(|error| Refused::invalid_argument(error.to_string()))?;
         let info = match self.group.run(command).await {
             Ok(Outcome::ReplicaRegistered(info)) => info,
+            // Another node was given the id meanwhile.
+            Ok(Outcome::Rejected(Rejection::BadCommand)) => {
+                return Err(Refused::unavailable("another node is joining: ask again"));
+            }
             Ok(Outcome::Rejected(reason)) => {
                 return Err(Refused::failed_precondition(reason.to_string()));
             }

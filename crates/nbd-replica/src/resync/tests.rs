@@ -374,7 +374,7 @@ async fn damage_at_home_is_made_good_from_a_peer() {
         directory: 1,
         addresses: info(1, &address.to_string()).addresses,
     };
-    node.apply(&nbd_store::encode_register_replica(&registration).unwrap());
+    node.apply(&nbd_store::encode_register_replica(&registration, id(4)).unwrap());
 
     // One bit in each slot, so that whichever holds the chunk is damaged.
     for slot in 0..16 {
