@@ -12,6 +12,7 @@ use nbd_topology::{LogIndex, Membership, MembershipChange, ReplicaId, ShardId};
 use super::node::initial_id;
 use super::{Planned, Reply, World};
 use crate::failure::Breach;
+use crate::profile::FaultKind;
 use crate::time::{MILLISECOND, Nanos};
 
 /// How often a node that joins looks how far it is.
@@ -280,8 +281,17 @@ impl World {
     /// Replaces damaged chunks by good copies of peers that can be reached.
     pub(super) fn repair(&mut self, n: usize, damaged: &[DamagedChunk]) {
         for chunk in damaged {
+            self.note_damage(n, chunk);
             let shard = chunk.volume.shard();
             self.repair_chunk(n, shard, chunk.volume, chunk.chunk);
+        }
+    }
+
+    /// Data is damaged by flipped bits and by nothing else.
+    pub(super) fn note_damage(&mut self, n: usize, what: &dyn std::fmt::Debug) {
+        if !self.profile.faults.contains_key(&FaultKind::BitFlip) {
+            let reason = format!("damaged by a crash or by itself: {what:?}");
+            self.fail(Breach::Unreadable { node: n, reason });
         }
     }
 
