@@ -119,8 +119,9 @@ impl Leader {
 
     /// Removes a replica.
     pub(super) async fn remove(&self, replica: ReplicaId) -> Result<(), Refused> {
-        let (me, status) = (self.me()?.replica, self.status().await?);
-        match removal(&status, me, replica).map_err(Denied::into_status)? {
+        let (Formation { replica: me, next_replica, .. }, status) =
+            (self.me()?, self.status().await?);
+        match removal(&status, me, replica, next_replica).map_err(Denied::into_status)? {
             Removal::Done => Ok(()),
             Removal::Remove => self.change(MembershipChange::Remove(replica)).await,
             Removal::HandOver(to) => {

@@ -16,6 +16,9 @@ pub(crate) enum Denied {
     /// No such member.
     #[error("replica {0} is not a member of the group")]
     NotMember(ReplicaId),
+    /// An id that no replica ever had.
+    #[error("there never was a replica {replica}: ids up to {newest} were given")]
+    NeverWas { replica: ReplicaId, newest: u64 },
     /// It cannot vote.
     #[error("replica {0} is a learner and cannot lead")]
     CannotLead(ReplicaId),
@@ -102,7 +105,7 @@ pub(crate) fn promotion(
 /// How to remove a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Removal {
-    /// It is no member.
+    /// It was one once, and is no member any more.
     Done,
     /// It leads: first this one takes over.
     HandOver(ReplicaId),
@@ -115,7 +118,11 @@ pub(crate) fn removal(
     status: &Status,
     me: ReplicaId,
     replica: ReplicaId,
+    next_replica: u64,
 ) -> Result<Removal, Denied> {
+    if replica.get() >= next_replica {
+        return Err(Denied::NeverWas { replica, newest: next_replica - 1 });
+    }
     if !status.membership.contains(replica) {
         return Ok(Removal::Done);
     }
@@ -150,7 +157,7 @@ impl Denied {
     pub(crate) fn into_status(self) -> tonic::Status {
         let text = self.to_string();
         match self {
-            Self::NotMember(_) => tonic::Status::not_found(text),
+            Self::NotMember(_) | Self::NeverWas { .. } => tonic::Status::not_found(text),
             Self::Rejected(
                 RejectReason::MembershipBusy
                 | RejectReason::Transferring
@@ -266,12 +273,14 @@ mod tests {
     fn a_leader_hands_over_before_it_is_removed() {
         let peers = [(2, 90, true, false), (3, 100, true, false), (4, 100, true, true)];
         let three = status(&peers);
-        assert_eq!(removal(&three, id(1), id(2)), Ok(Removal::Remove));
-        assert_eq!(removal(&three, id(1), id(1)), Ok(Removal::HandOver(id(3))));
-        assert_eq!(removal(&three, id(1), id(9)), Ok(Removal::Done));
+        assert_eq!(removal(&three, id(1), id(2), 10), Ok(Removal::Remove));
+        assert_eq!(removal(&three, id(1), id(1), 10), Ok(Removal::HandOver(id(3))));
+        assert_eq!(removal(&three, id(1), id(9), 10), Ok(Removal::Done));
+        let never = Denied::NeverWas { replica: id(9), newest: 8 };
+        assert_eq!(removal(&three, id(1), id(9), 9), Err(never));
         let alone = status(&peers[2..]);
-        assert_eq!(removal(&alone, id(1), id(1)), Err(Denied::LastVoter(id(1))));
-        assert_eq!(removal(&alone, id(1), id(4)), Ok(Removal::Remove));
+        assert_eq!(removal(&alone, id(1), id(1), 10), Err(Denied::LastVoter(id(1))));
+        assert_eq!(removal(&alone, id(1), id(4), 10), Ok(Removal::Remove));
     }
 
     #[test]
