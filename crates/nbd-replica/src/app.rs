@@ -199,6 +199,7 @@ impl Replica {
             services: services.clone(),
             failure: failure.clone(),
             abandon: abandon.clone(),
+            shutdown: shutdown.clone(),
         };
         let resync = starter.start_all(recovered, &groups);
         let nbd_metrics = NbdMetrics::new();

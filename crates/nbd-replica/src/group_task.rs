@@ -487,8 +487,8 @@ impl GroupTask {
         }
     }
 
-    /// Makes a replica known that may be a member by now, so that it gets answers: they are how this
-    /// one learns of it. Only at an address of this node's own configuration.
+    /// Makes a replica known that may be a member by now, so that it gets answers: they are how
+    /// this one learns of it. Only at an address of this node's own configuration.
     fn on_newcomer(&mut self, peer: ReplicaId, node: NodeName, directory: u128) {
         let known = |member: &ReplicaInfo| member.id == peer;
         let newest = self.members.iter().map(|member| member.id).max();

@@ -1,6 +1,6 @@
-//! `/health`: proves that each shard of this node can commit, by moving its replicated counter, here
-//! or through the leader elsewhere. `/debug/digest`: what this node's own replicas hold, in one
-//! number each, to be compared with the others'.
+//! `/health`: proves that each shard of this node can commit, by moving its replicated counter,
+//! here or through the leader elsewhere. `/debug/digest`: what this node's own replicas hold, in
+//! one number each, to be compared with the others'.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -59,6 +59,16 @@ pub enum Breach {
     /// A mutation was answered and had no effect.
     #[error("operation {0:?} was answered, but its command never took effect")]
     AnsweredWithoutEffect(OperationId),
+    /// A mutation was accepted that the log forbids.
+    #[error("mutation {seq} of session {session} was accepted in epoch {epoch}, against the log")]
+    WrongVerdict {
+        /// The session.
+        session: nbd_store::SessionId,
+        /// The epoch of the attachment that sent it.
+        epoch: nbd_store::Epoch,
+        /// Its number.
+        seq: u64,
+    },
     /// A mutation that cannot fail was rejected by the log.
     #[error("operation {0:?} was rejected: {1}")]
     Rejected(OperationId, nbd_store::Rejection),

@@ -138,6 +138,8 @@ struct Model {
     /// Numbers of every mutation that had an effect, of sessions that are gone as well.
     effects: BTreeSet<(SessionId, u64)>,
     sectors: BTreeMap<(VolumeId, u64), Value>,
+    /// Every mutation whose verdict is that it is done, by the epoch it was sent in.
+    done: BTreeSet<(SessionId, Epoch, u64)>,
 }
 
 /// One shard.
@@ -200,6 +202,13 @@ impl Ledger {
     pub fn has_effect(&self, shard: ShardId, session: SessionId, seq: u64) -> bool {
         let shard = self.shards.get(&shard);
         shard.is_some_and(|shard| shard.model.effects.contains(&(session, seq)))
+    }
+
+    /// Whether the log says that a mutation sent in this epoch is done.
+    #[must_use]
+    pub fn is_done(&self, shard: ShardId, session: SessionId, epoch: Epoch, seq: u64) -> bool {
+        let shard = self.shards.get(&shard);
+        shard.is_some_and(|shard| shard.model.done.contains(&(session, epoch, seq)))
     }
 
     /// What a volume's sectors must hold once everything committed is applied.
@@ -290,6 +299,7 @@ impl Model {
         if header.epoch != session.epoch || header.volume != session.volume {
             return;
         }
+        self.done.insert((header.session, header.epoch, header.seq));
         if !session.applied.insert(header.seq) {
             return;
         }

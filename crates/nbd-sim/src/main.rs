@@ -36,6 +36,10 @@ struct Arguments {
     /// Do not look for a smaller world that fails as well.
     #[arg(long)]
     no_shrink: bool,
+    /// Break this rule on purpose.
+    #[cfg(feature = "planted-faults")]
+    #[arg(long, value_parser = Plant::ALL.map(|(name, _)| name))]
+    plant: Option<String>,
     /// Threads, each with worlds of its own.
     #[arg(long, default_value_t = 2)]
     jobs: u64,
@@ -45,6 +49,18 @@ impl Arguments {
     fn world(&self, seed: u64) -> Profile {
         let name = self.profile.as_deref();
         name.and_then(|name| Profile::named(name, seed)).unwrap_or_else(|| Profile::draw(seed))
+    }
+
+    #[cfg(feature = "planted-faults")]
+    fn plant(&self) -> Plant {
+        let named = |name: &str| Plant::ALL.into_iter().find(|(of, _)| *of == name);
+        let found = self.plant.as_deref().and_then(named);
+        found.map_or(Plant::Nothing, |(_, plant)| plant)
+    }
+
+    #[cfg(not(feature = "planted-faults"))]
+    const fn plant(&self) -> Plant {
+        Plant::Nothing
     }
 
     fn replay(&self, seed: u64) -> String {
@@ -68,7 +84,7 @@ fn one(arguments: &Arguments, seed: u64) -> bool {
     println!("seed {seed}");
     let profile = arguments.world(seed);
     println!("{profile:#?}");
-    let first = run::run(seed, profile.clone(), Plant::Nothing, arguments.trace);
+    let first = run::run(seed, profile.clone(), arguments.plant(), arguments.trace);
     for line in &first.lines {
         println!("{line}");
     }
@@ -76,7 +92,7 @@ fn one(arguments: &Arguments, seed: u64) -> bool {
         "{} requests, {} events, {} s, trace {:016x}",
         first.operations, first.events, first.lasted, first.trace_hash
     );
-    let second = run::run(seed, profile.clone(), Plant::Nothing, false);
+    let second = run::run(seed, profile.clone(), arguments.plant(), false);
     if second.trace_hash != first.trace_hash {
         println!("the second run took another course: trace {:016x}", second.trace_hash);
         return false;
@@ -94,7 +110,7 @@ fn report(arguments: &Arguments, seed: u64, profile: Profile, failure: Failure) 
     println!("seed {seed} fails {failure}");
     println!("replay: {}", arguments.replay(seed));
     if !arguments.no_shrink {
-        let shrunk = shrink(seed, profile, failure, Plant::Nothing);
+        let shrunk = shrink(seed, profile, failure, arguments.plant());
         println!(
             "smallest world that fails: {} requests, faults {:?}: {}",
             shrunk.profile.operations, shrunk.profile.faults, shrunk.failure
@@ -118,7 +134,7 @@ fn many(arguments: &Arguments) -> bool {
                         return;
                     }
                     let profile = arguments.world(seed);
-                    let outcome = run::run(seed, profile.clone(), Plant::Nothing, false);
+                    let outcome = run::run(seed, profile.clone(), arguments.plant(), false);
                     events.fetch_add(outcome.events, Ordering::Relaxed);
                     if let Ok(mut tally) = tally.lock() {
                         for (what, count) in outcome.tally {

@@ -57,6 +57,8 @@ struct Connection<M> {
     open: [bool; 2],
     /// When the last parcel for each side is due; later ones are due later.
     due: [u64; 2],
+    /// Until when nothing gets through: packets were lost and are sent again.
+    held_until: u64,
 }
 
 /// The network. What is on its way has an event of its own in the schedule, which asks here what
@@ -137,6 +139,7 @@ impl<M> Network<M> {
             to: [VecDeque::new(), VecDeque::new()],
             open: [true; 2],
             due: [0; 2],
+            held_until: 0,
         };
         self.connections.insert(id, connection);
         id
@@ -171,11 +174,19 @@ impl<M> Network<M> {
 
     /// Whether parcels to `side` are held up by a partition.
     #[must_use]
-    pub fn is_stuck(&self, id: ConnectionId, side: Side) -> bool {
+    pub fn is_stuck(&self, id: ConnectionId, side: Side, now: u64) -> bool {
         self.connections.get(&id).is_some_and(|connection| {
             let hosts = connection.hosts;
-            self.is_blocked(hosts[side.other().index()], hosts[side.index()])
+            now < connection.held_until
+                || self.is_blocked(hosts[side.other().index()], hosts[side.index()])
         })
+    }
+
+    /// Holds up everything on a connection.
+    pub fn hold(&mut self, id: ConnectionId, until: u64) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.held_until = until;
+        }
     }
 
     /// Takes the next parcel for `side`, if that side still listens.

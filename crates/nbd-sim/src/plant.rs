@@ -23,6 +23,30 @@ pub enum Plant {
     PersistedWithoutPayload,
 }
 
+#[cfg(feature = "planted-faults")]
+impl Plant {
+    /// Every rule that can be broken, by name.
+    pub const ALL: [(&'static str, Self); 13] = {
+        use nbd_consensus::Fault as Consensus;
+        use nbd_store::StoreFault as Store;
+        [
+            ("vote-before-persist", Self::Consensus(Consensus::VoteBeforePersist)),
+            ("no-wait-after-restart", Self::Consensus(Consensus::NoWaitAfterRestart)),
+            ("vote-inside-lease", Self::Consensus(Consensus::VoteInsideLease)),
+            ("lease-overlong", Self::Consensus(Consensus::LeaseOverlong)),
+            ("ack-before-persist", Self::Consensus(Consensus::AppendAckBeforePersist)),
+            ("epoch-at-admission-only", Self::Store(Store::EpochAtAdmissionOnly)),
+            ("no-result-window", Self::Store(Store::NoResultWindow)),
+            ("slot-reused-early", Self::Store(Store::SlotReusedEarly)),
+            ("log-freed-before-sync", Self::Store(Store::LogFreedBeforeSync)),
+            ("partial-block-in-place", Self::Store(Store::PartialBlockInPlace)),
+            ("stale-reply-forwarded", Self::Session(nbd_session::Fault::ForwardStaleReply)),
+            ("lease-not-checked-after-read", Self::LeaseNotCheckedAfterRead),
+            ("persisted-without-payload", Self::PersistedWithoutPayload),
+        ]
+    };
+}
+
 macro_rules! planted {
     ($($name:ident: $pattern:pat => $value:expr, $type:ty, $otherwise:expr;)*) => {
         impl Plant {$(

@@ -14,6 +14,12 @@ use crate::time::{MILLISECOND, Nanos, SECOND};
 pub enum FaultKind {
     /// Some hosts cannot reach some others; both ways or one way.
     Partition,
+    /// A leader is cut off from its followers, but not from the front end on its own node: what
+    /// leases must survive. Its followers may take it for dead.
+    CutLeader,
+    /// The same while one follower has not heard from it for long, and the other has just lost
+    /// power and comes back at once.
+    CornerLeader,
     /// A node loses power, and comes back.
     Crash,
     /// A node loses power in the middle of a checkpoint, and comes back.
@@ -42,8 +48,10 @@ pub enum FaultKind {
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Partition,
+        Self::CutLeader,
+        Self::CornerLeader,
         Self::Crash,
         Self::CrashInCheckpoint,
         Self::Blackout,
@@ -63,7 +71,8 @@ impl FaultKind {
         match self {
             Self::Pause | Self::Reset | Self::Transfer => 700 * MILLISECOND,
             Self::Partition | Self::Crash | Self::Disconnect => SECOND,
-            Self::CrashInCheckpoint => 1_500 * MILLISECOND,
+            Self::CutLeader | Self::CornerLeader => 1_500 * MILLISECOND,
+            Self::CrashInCheckpoint => SECOND,
             Self::BitFlip | Self::FrontCrash | Self::FailedSync => 2 * SECOND,
             Self::FullDisk | Self::Blackout | Self::Wipe => 3 * SECOND,
         }
@@ -127,6 +136,8 @@ pub struct Profile {
     pub think_max: Nanos,
     /// Chance of a request to be a read, in millionths; most others are writes.
     pub reads_ppm: u32,
+    /// Chance of a write to be long, in millionths.
+    pub long_writes_ppm: u32,
     /// How leaders know that they still lead.
     pub read_mode: ReadMode,
     /// Whether clocks differ in rate.
@@ -191,6 +202,7 @@ impl Profile {
             depth: rng.random_range(1..=4),
             think_max: rng.span(MILLISECOND, 60 * MILLISECOND),
             reads_ppm: rng.random_range(200_000..=700_000),
+            long_writes_ppm: if rng.chance(200_000) { 400_000 } else { 30_000 },
             read_mode: if rng.chance(200_000) { ReadMode::Quorum } else { ReadMode::Lease },
             drift: rng.chance(700_000),
             log_cache_bytes: if rng.chance(500_000) { 0 } else { 1 << 20 },
@@ -218,15 +230,77 @@ impl Profile {
 
 impl Profile {
     /// The names of [`Self::named`].
-    pub const NAMES: [&'static str; 1] = ["calm"];
+    pub const NAMES: [&'static str; 6] =
+        ["calm", "elections", "leases", "sessions", "checkpoints", "log"];
 
-    /// A profile of a certain kind; what else there is to it comes from the seed.
+    /// A profile of a certain kind; what else there is to it comes from the seed. `calm` is without
+    /// faults; the others look at one thing closely: elections with nodes that lose power, reads
+    /// while leaders are cut off, sessions that are attached anew, checkpoints that power fails in,
+    /// a log that goes round.
     #[must_use]
     pub fn named(name: &str, seed: u64) -> Option<Self> {
         let mut rng = Streams::new(seed).of(Purpose::Profile);
-        match name {
-            "calm" => Some(Self::calm(&mut rng)),
-            _ => None,
-        }
+        let mut profile = Self::calm(&mut rng);
+        let faults: &[(FaultKind, Nanos)] = match name {
+            "calm" => &[],
+            "elections" => {
+                profile.disk.write_max = rng.span(MILLISECOND, 15 * MILLISECOND);
+                profile.network.loss_ppm = 50_000;
+                &[
+                    (FaultKind::Crash, 250 * MILLISECOND),
+                    (FaultKind::CornerLeader, 1_500 * MILLISECOND),
+                    (FaultKind::Blackout, 1_500 * MILLISECOND),
+                    (FaultKind::Transfer, 500 * MILLISECOND),
+                ]
+            }
+            "leases" => {
+                profile.nodes = 3;
+                (profile.clients, profile.volumes, profile.shards) = (4, 1, 1);
+                (profile.hot_sectors, profile.reads_ppm, profile.operations) = (3, 600_000, 500);
+                profile.think_max = 6 * MILLISECOND;
+                profile.read_mode = ReadMode::Lease;
+                (profile.depth, profile.drift, profile.long_writes_ppm) = (3, true, 0);
+                profile.network.spike_ppm = if rng.random() { 100_000 } else { 0 };
+                profile.network.spike_max = 250 * MILLISECOND;
+                &[
+                    (FaultKind::CutLeader, 700 * MILLISECOND),
+                    (FaultKind::CornerLeader, 900 * MILLISECOND),
+                    (FaultKind::Pause, 500 * MILLISECOND),
+                ]
+            }
+            "sessions" => {
+                (profile.hot_sectors, profile.reads_ppm) = (4, 400_000);
+                profile.think_max = 8 * MILLISECOND;
+                &[
+                    (FaultKind::Reset, 120 * MILLISECOND),
+                    (FaultKind::Transfer, 500 * MILLISECOND),
+                    (FaultKind::Partition, 700 * MILLISECOND),
+                    (FaultKind::Disconnect, 600 * MILLISECOND),
+                    (FaultKind::FrontCrash, 900 * MILLISECOND),
+                ]
+            }
+            "checkpoints" => {
+                profile.sectors = 512;
+                profile.hot_sectors = 500;
+                profile.reads_ppm = 200_000;
+                profile.checkpoint_interval = rng.span(50 * MILLISECOND, 200 * MILLISECOND);
+                &[(FaultKind::CrashInCheckpoint, 250 * MILLISECOND)]
+            }
+            "log" => {
+                profile.sectors = 512;
+                profile.hot_sectors = 500;
+                (profile.clients, profile.depth, profile.operations) = (4, 4, 500);
+                (profile.reads_ppm, profile.long_writes_ppm) = (100_000, 700_000);
+                profile.think_max = 5 * MILLISECOND;
+                profile.checkpoint_interval = rng.span(400 * MILLISECOND, 1_500 * MILLISECOND);
+                &[
+                    (FaultKind::FailedSync, 300 * MILLISECOND),
+                    (FaultKind::CrashInCheckpoint, 500 * MILLISECOND),
+                ]
+            }
+            _ => return None,
+        };
+        profile.faults.extend(faults.iter().copied());
+        Some(profile)
     }
 }

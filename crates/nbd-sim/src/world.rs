@@ -43,13 +43,16 @@ use crate::ledger::Ledger;
 use crate::network::{ConnectionId, Host, Network, Parcel, Side};
 use crate::plant::Plant;
 use crate::profile::{FaultKind, Profile};
-use crate::random::{Purpose, Streams};
+use crate::random::{Draw, Purpose, Streams};
 use crate::schedule::Schedule;
 use crate::time::{Nanos, SimTime};
 use crate::trace::Trace;
 
 /// How long a world may last at most. It ends long before.
 const END: SimTime = SimTime(120 * crate::time::SECOND);
+
+/// Within how long a host takes up what has gathered while it stood still.
+const PAUSE_JITTER: Nanos = 200_000;
 
 /// A read on its way through a leader.
 #[derive(Debug, Clone)]
@@ -64,13 +67,23 @@ struct ReadJob {
     leased: bool,
 }
 
+/// Names a mutation as one attachment sent it.
+#[derive(Debug, Clone, Copy)]
+struct MutationKey {
+    connection: ConnectionId,
+    shard: ShardId,
+    session: SessionId,
+    epoch: Epoch,
+    seq: u64,
+}
+
 /// Whom a replica's answer is for.
 #[derive(Debug)]
 enum Reply {
     /// The opening of an attachment.
     Open(ConnectionId),
     /// A mutation over an attachment; the room that it was granted is held until then.
-    Mutation { connection: ConnectionId, seq: u64, _grant: Option<SpaceGrant> },
+    Mutation { of: MutationKey, _grant: Option<SpaceGrant> },
     /// A read waiting for its barrier.
     Barrier(ReadJob),
     /// A command that belongs to no attachment.
@@ -237,7 +250,9 @@ impl World {
             if let Some(until) = self.host_of(&planned).map(|host| self.paused[host])
                 && until > now
             {
-                self.schedule.after(until.0 - now.0, planned);
+                // What has gathered by then is taken up in any order.
+                let wait = until.0 - now.0 + self.rng.span(0, PAUSE_JITTER);
+                self.schedule.after(wait, planned);
                 continue;
             }
             self.happen(planned);
@@ -453,9 +468,7 @@ impl World {
     fn answer(&mut self, node: usize, reply: Reply, answer: Answer) {
         match reply {
             Reply::Open(connection) => self.on_opened(node, connection, answer),
-            Reply::Mutation { connection, seq, .. } => {
-                self.on_mutated(node, connection, seq, answer);
-            }
+            Reply::Mutation { of, .. } => self.on_mutated(node, of, answer),
             Reply::Barrier(job) => self.on_barrier(node, job, answer),
             Reply::Run(connection) => self.on_ran(node, connection, answer),
             Reply::Member { node } => self.on_member_answer(node, answer),
@@ -471,7 +484,7 @@ impl World {
     }
 
     fn on_arrive(&mut self, connection: ConnectionId, side: Side) {
-        if self.network.is_stuck(connection, side) {
+        if self.network.is_stuck(connection, side, self.schedule.now().0) {
             // It is sent again below, until it gets through.
             let wait: Nanos = 40 * crate::time::MILLISECOND;
             self.schedule.after(wait, Planned::Arrive { connection, side });

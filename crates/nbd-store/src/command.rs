@@ -537,8 +537,8 @@ pub fn encode_end_sessions(owner: Owner) -> Bytes {
     encode_header_only(&header)
 }
 
-/// Makes a replica known under this id, or under the one that its directory has. The id is to be the
-/// next one, as in [`crate::Formation::next_replica`]; it is refused if it was given meanwhile.
+/// Makes a replica known under this id, or under the one that its directory has. The id is to be
+/// the next one, as in [`crate::Formation::next_replica`]; it is refused if it was given meanwhile.
 ///
 /// The command carries the id so that applying it gives no other one: a replica that joined late
 /// applies old registrations to a state that knows of later ones.

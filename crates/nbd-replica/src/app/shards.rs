@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use nbd_consensus::GroupConfig;
 use nbd_log::log::LogReader;
+use nbd_service::Shutdown;
 use nbd_shard::ShardReplica;
 use nbd_store::{Formation, RecoveredShard};
 use nbd_topology::{LogIndex, ShardId};
@@ -34,6 +35,7 @@ pub(super) struct ShardStarter {
     pub(super) services: Services,
     pub(super) failure: Failure,
     pub(super) abandon: CancellationToken,
+    pub(super) shutdown: Shutdown,
 }
 
 impl ShardStarter {
@@ -65,7 +67,12 @@ impl ShardStarter {
     ) {
         let shard = recovered.shard;
         let was_formed = recovered.formation.is_some();
-        let formation = match self.services.form(&recovered.reader).await {
+        let formed = tokio::select! {
+            formed = self.services.form(&recovered.reader) => formed,
+            // Nothing was promised yet.
+            () = self.shutdown.started() => return,
+        };
+        let formation = match formed {
             Ok(formation) => formation,
             Err(FormationError::Stopped) => return,
             Err(error) => {

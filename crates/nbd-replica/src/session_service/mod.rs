@@ -120,6 +120,8 @@ fn check_run(command: &[u8]) -> Result<(), Refusal> {
             | CommandKind::Trim
             | CommandKind::WriteZeroes
             | CommandKind::OpenSession
+            // Through `Admin.Join`, which knows who may.
+            | CommandKind::RegisterReplica
     );
     if !may_run || commands.next().is_some() {
         return Err(Refusal::Malformed("one command that needs no attachment is run at a time"));

@@ -231,7 +231,7 @@ impl ShardClient {
             let until = match leader {
                 None => None,
                 Some(leader) => tokio::select! {
-                    answer = tokio::time::timeout(ATTEMPT_MAX, ask(leader.clone())) => match answer {
+                    asked = tokio::time::timeout(ATTEMPT_MAX, ask(leader.clone())) => match asked {
                         Ok(Ok(answer)) => return Ok(answer),
                         Ok(Err(Elsewhere::Stopped)) => return Err(GroupStopped),
                         Ok(Err(Elsewhere::NotLeader | Elsewhere::Lost)) | Err(_) => {

@@ -133,8 +133,8 @@ impl World {
             if rng.chance(850_000) { self.profile.hot_sectors } else { self.profile.sectors };
         let start = rng.random_range(0..within);
         let longest = match rng.random_range(0..20) {
-            0 => 128,
-            1..=4 => 24,
+            _ if rng.chance(self.profile.long_writes_ppm) => 128,
+            0..=4 => 24,
             5..=9 => 8,
             _ => 3,
         };

@@ -150,6 +150,11 @@ impl World {
             link.given_up.push((connection, link.session.epoch()));
         }
         self.post(connection, Side::Server, Parcel::Closed);
+        if self.rng.chance(300_000) {
+            // What is still on its way comes late, when the session may be attached anew.
+            let wait = self.rng.span(10 * MILLISECOND, 400 * MILLISECOND);
+            self.network.hold(connection, self.schedule.now().0 + wait);
+        }
         if !forwards {
             self.network.leave(connection, Side::Client);
         }

@@ -170,7 +170,19 @@ impl World {
                 self.checkpointed(n, &report);
             }
             Err(CheckpointError::NoSpace) => self.count("checkpoints without room"),
-            Err(_) => self.fail_node(n),
+            Err(_) => {
+                self.finish_log_write(n);
+                self.fail_node(n);
+            }
+        }
+    }
+
+    /// The log thread ends what it is at before it hears that the node has failed. Nobody else
+    /// hears of that write any more.
+    fn finish_log_write(&mut self, n: usize) {
+        let Some(running) = &mut self.nodes[n].running else { return };
+        if !running.writing.is_empty() {
+            let _ = running.log.append(&records(&running.writing));
         }
     }
 

@@ -12,7 +12,7 @@ use super::{Planned, Told, World};
 use crate::network::{Host, Side};
 use crate::profile::FaultKind;
 use crate::random::Draw;
-use crate::time::{MILLISECOND, SECOND};
+use crate::time::{MILLISECOND, Nanos, SECOND};
 
 /// Draws faults.
 #[derive(Debug)]
@@ -28,6 +28,8 @@ pub(super) struct Nemesis {
 pub(super) enum Relief {
     /// These hosts reach those again.
     Unblock(Vec<(Host, Host)>),
+    /// A leader that one node has not heard from for a while is cut off altogether.
+    Corner { leader: usize, deaf: usize },
     /// The node's disk has room again.
     Room(usize),
 }
@@ -56,6 +58,8 @@ impl World {
         self.schedule.after(wait, Planned::Strike(kind));
         match kind {
             FaultKind::Partition => self.partition(),
+            FaultKind::CutLeader => self.cut_leader(),
+            FaultKind::CornerLeader => self.corner_leader(),
             FaultKind::Crash => self.crash_one(),
             FaultKind::CrashInCheckpoint => self.crash_in_checkpoint(),
             FaultKind::Blackout => self.blackout(),
@@ -117,6 +121,67 @@ impl World {
         self.schedule.after(wait, Planned::Relief(Relief::Unblock(pairs)));
     }
 
+    /// Blocks both ways between a node and all hosts but itself, for a while.
+    fn isolate(&mut self, n: usize, wait: Nanos) {
+        let others = (0..self.paused.len()).filter(|host| *host != n);
+        let pairs: Vec<_> = others.flat_map(|host| [(n, host), (host, n)]).collect();
+        for &(from, to) in &pairs {
+            self.network.block(from, to, true);
+        }
+        self.schedule.after(wait, Planned::Relief(Relief::Unblock(pairs)));
+    }
+
+    fn cut_leader(&mut self) {
+        let Some(leader) = self.leader_of(ShardId(0)) else { return };
+        self.struck(FaultKind::CutLeader, leader);
+        let wait = self.nemesis.rng.span(200 * MILLISECOND, SECOND);
+        self.isolate(leader, wait);
+        if self.nemesis.rng.chance(600_000) {
+            self.refuse_connections(leader);
+        }
+    }
+
+    /// Everybody else sees a node's connections break, as if a firewall rejected them.
+    fn refuse_connections(&mut self, host: Host) {
+        for n in 0..self.nodes.len() {
+            self.hint(n, host);
+        }
+        for (connection, side) in self.network.ends_at(host) {
+            if self.network.host(connection, side.other()) != Some(host) {
+                self.on_broken(connection, side.other());
+            }
+        }
+    }
+
+    fn corner_leader(&mut self) {
+        let Some(leader) = self.leader_of(ShardId(0)) else { return };
+        self.struck(FaultKind::CornerLeader, leader);
+        let deaf = (leader + 1) % self.nodes.len();
+        self.network.block(leader, deaf, true);
+        let wait = self.nemesis.rng.span(300 * MILLISECOND, 700 * MILLISECOND);
+        let corner = Relief::Corner { leader, deaf };
+        self.schedule.after(wait, Planned::Relief(corner));
+    }
+
+    /// The second half of cornering a leader.
+    fn corner(&mut self, leader: usize, deaf: usize) {
+        self.network.block(leader, deaf, false);
+        if self.phase != Phase::Busy || self.leader_of(ShardId(0)) != Some(leader) {
+            return;
+        }
+        let wait = self.nemesis.rng.span(150 * MILLISECOND, 500 * MILLISECOND);
+        self.isolate(leader, wait);
+        self.refuse_connections(leader);
+        for n in (0..self.nodes.len()).filter(|n| *n != leader && *n != deaf) {
+            if self.nodes[n].running.is_some() {
+                self.stop_node(n, false);
+                self.lose_power(n);
+                let wait = self.nemesis.rng.span(MILLISECOND, 15 * MILLISECOND);
+                self.schedule.after(wait, Planned::Restart { node: n });
+            }
+        }
+    }
+
     /// Tells a node that its connection to a peer broke.
     fn hint(&mut self, node: Host, peer: Host) {
         if node < self.nodes.len() && peer < self.nodes.len() && node != peer {
@@ -133,6 +198,7 @@ impl World {
                     self.network.block(from, to, false);
                 }
             }
+            Relief::Corner { leader, deaf } => self.corner(leader, deaf),
             Relief::Room(n) => {
                 self.nodes[n].cramped = false;
                 self.nodes[n].disk.set_capacity(DISK_BYTES);
@@ -181,6 +247,9 @@ impl World {
         let longest =
             if self.nemesis.rng.random_bool(0.5) { 400 * MILLISECOND } else { 2 * SECOND };
         let wait = self.nemesis.rng.span(MILLISECOND, longest);
+        if self.nemesis.rng.chance(300_000) {
+            self.refuse_connections(host);
+        }
         self.paused[host] = self.paused[host].max(self.schedule.now().plus(wait));
     }
 
@@ -243,7 +312,10 @@ impl World {
         let Some(n) = self.draw_node() else { return };
         self.struck(FaultKind::FailedSync, n);
         let disk = &self.nodes[n].disk;
-        disk.fail_sync_at(disk.sync_points() + self.nemesis.rng.random_range(1..=4));
+        disk.fail_sync_at(disk.sync_points() + self.nemesis.rng.random_range(1..=5));
+        if self.nemesis.rng.random() {
+            self.checkpoint(n);
+        }
     }
 
     fn fill_disk(&mut self) {

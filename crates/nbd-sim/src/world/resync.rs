@@ -12,6 +12,7 @@ use nbd_topology::{LogIndex, Membership, MembershipChange, ReplicaId, ShardId};
 use super::node::initial_id;
 use super::{Planned, Reply, World};
 use crate::failure::Breach;
+use crate::profile::FaultKind;
 use crate::time::{MILLISECOND, Nanos};
 
 /// How often a node that joins looks how far it is.
@@ -208,7 +209,8 @@ impl World {
                 directory: running.directory,
                 addresses: ReplicaAddresses::default(),
             };
-            let Ok(command) = encode_register_replica(&registration) else { return };
+            let Some(next) = self.next_replica(leader, shard) else { return };
+            let Ok(command) = encode_register_replica(&registration, next) else { return };
             self.propose(leader, shard, command, Reply::Member { node: n });
             return;
         };
@@ -230,6 +232,12 @@ impl World {
             MembershipChange::AddVoter(id)
         };
         self.step(leader, shard, Event::ChangeMembership(change, Reply::Member { node: n }));
+    }
+
+    /// The id that the leader would give.
+    fn next_replica(&self, leader: usize, shard: ShardId) -> Option<ReplicaId> {
+        let group = self.nodes[leader].running.as_ref()?.groups.get(&shard)?;
+        ReplicaId::new(group.reader.formation()?.next_replica)
     }
 
     fn has_caught_up(&self, leader: usize, shard: ShardId, id: ReplicaId) -> bool {
@@ -273,8 +281,17 @@ impl World {
     /// Replaces damaged chunks by good copies of peers that can be reached.
     pub(super) fn repair(&mut self, n: usize, damaged: &[DamagedChunk]) {
         for chunk in damaged {
+            self.note_damage(n, chunk);
             let shard = chunk.volume.shard();
             self.repair_chunk(n, shard, chunk.volume, chunk.chunk);
+        }
+    }
+
+    /// Data is damaged by flipped bits and by nothing else.
+    pub(super) fn note_damage(&mut self, n: usize, what: &dyn std::fmt::Debug) {
+        if !self.profile.faults.contains_key(&FaultKind::BitFlip) {
+            let reason = format!("damaged by a crash or by itself: {what:?}");
+            self.fail(Breach::Unreadable { node: n, reason });
         }
     }
 

@@ -10,7 +10,8 @@ use nbd_store::{
 };
 use nbd_topology::{ReplicaId, ShardId};
 
-use super::{Letter, Planned, ReadJob, Refusal, Reply, World, code};
+use super::{Letter, MutationKey, Planned, ReadJob, Refusal, Reply, World, code};
+use crate::failure::Breach;
 use crate::network::{ConnectionId, Parcel, Side};
 
 /// A session's connection to this node.
@@ -18,6 +19,8 @@ use crate::network::{ConnectionId, Parcel, Side};
 pub(super) struct Attachment {
     shard: ShardId,
     volume: VolumeId,
+    session: SessionId,
+    epoch: Epoch,
     /// The log has opened it.
     open: bool,
 }
@@ -68,7 +71,8 @@ impl World {
         owner: Owner,
     ) {
         let Some(running) = &mut self.nodes[n].running else { return };
-        running.attachments.insert(connection, Attachment { shard, volume, open: false });
+        let attachment = Attachment { shard, volume, session, epoch, open: false };
+        running.attachments.insert(connection, attachment);
         let command = encode_open_session(session, epoch, volume, owner);
         if running.groups.contains_key(&shard) {
             self.propose(n, shard, command, Reply::Open(connection));
@@ -121,10 +125,11 @@ impl World {
         if !attachment.open {
             return;
         }
-        let shard = attachment.shard;
+        let Attachment { shard, session, epoch, .. } = *attachment;
         match self.admit(n, shard, &command) {
             Some(grant) => {
-                let reply = Reply::Mutation { connection, seq, _grant: Some(grant) };
+                let of = MutationKey { connection, shard, session, epoch, seq };
+                let reply = Reply::Mutation { of, _grant: Some(grant) };
                 self.propose(n, shard, command, reply);
             }
             None => {
@@ -156,13 +161,14 @@ impl World {
         None
     }
 
-    pub(super) fn on_mutated(
-        &mut self,
-        n: usize,
-        connection: ConnectionId,
-        seq: u64,
-        answer: Answer,
-    ) {
+    pub(super) fn on_mutated(&mut self, n: usize, of: MutationKey, answer: Answer) {
+        let MutationKey { connection, shard, session, epoch, seq } = of;
+        if answer == Answer::Outcome(Outcome::Done)
+            && !self.ledger.is_done(shard, session, epoch, seq)
+        {
+            self.fail(Breach::WrongVerdict { session, epoch, seq });
+            return;
+        }
         match answer {
             Answer::Outcome(outcome) => {
                 let letter = Letter::Answer { seq, outcome };
@@ -217,7 +223,8 @@ impl World {
         let read = reader.resolve(job.volume, job.offset, job.len);
         let bytes = match read.and_then(|mut plan| plan.read_blocking(&mut buffer)) {
             Ok(()) => Some(buffer.freeze()),
-            Err(ReadError::Corrupt { volume, block, .. }) => {
+            Err(error @ ReadError::Corrupt { volume, block, .. }) => {
+                self.note_damage(n, &error);
                 self.count("damaged blocks met");
                 self.repair_block(n, job.shard, volume, block);
                 None

@@ -1,5 +1,5 @@
-//! Reads and block status: from memory and the page cache at once if the leader is here, else by way
-//! of the session.
+//! Reads and block status: from memory and the page cache at once if the leader is here, else by
+//! way of the session.
 
 use std::ops::Range;
 
