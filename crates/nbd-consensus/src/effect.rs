@@ -237,6 +237,8 @@ pub struct Brief {
     pub applied: LogIndex,
     /// Whether this replica leads and has applied an entry of its own term.
     pub serving: bool,
+    /// Whether this replica votes: not while it learns, nor before it is a member or after.
+    pub voter: bool,
 }
 
 /// How a group stands. `applied <= min(committed, persisted)`, `committed <= last`,

@@ -89,6 +89,8 @@ pub(crate) struct GroupStatus {
     pub(crate) committed: LogIndex,
     /// Highest index applied. `applied <= committed`.
     pub(crate) applied: LogIndex,
+    /// Whether this replica votes; if not, its copy does not count towards a majority.
+    pub(crate) voter: bool,
 }
 
 /// Where the shard's leader is, as far as this node knows.
@@ -351,6 +353,7 @@ pub(crate) fn mailbox(reader: ShardReader) -> (GroupHandle, GroupKeeper, GroupMa
         term: Term::ZERO,
         committed: LogIndex::ZERO,
         applied: reader.applied(),
+        voter: false,
     });
     let route = watch::Sender::new(Route::default());
     let lease = Arc::new(LeaseCell::default());
@@ -595,6 +598,7 @@ impl GroupTask {
             term: brief.term,
             committed: brief.committed,
             applied: brief.applied,
+            voter: brief.voter,
         };
         let changed = self.mailbox.status.send_if_modified(|status| {
             let changed = *status != now;

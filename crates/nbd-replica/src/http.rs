@@ -155,6 +155,7 @@ impl ShardProbe {
             replica: group.reader().formation().map(|formation| formation.replica.get()),
             role: match status.role {
                 Role::Leader => "leader",
+                Role::Follower if !status.voter => "learner",
                 Role::Follower => "follower",
                 Role::Candidate | Role::PreCandidate => "candidate",
             },

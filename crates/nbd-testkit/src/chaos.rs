@@ -27,8 +27,10 @@ pub use self::report::Report;
 /// Replicas.
 const NODES: usize = 3;
 
-/// What makes checkpoints, log recycling and resyncs happen in a run of a minute.
-const FLAGS: [&str; 4] = [
+/// What makes checkpoints, log recycling and resyncs happen in a run of a minute. A node that is to
+/// stop without a majority waits for requests under way in vain: not for long here.
+const FLAGS: [&str; 5] = [
+    "--shutdown-deadline=2s",
     "--log-segment-bytes=4MiB",
     "--log-bytes-max=32MiB",
     "--checkpoint-log-bytes=4MiB",
@@ -129,6 +131,8 @@ impl fmt::Display for Kind {
 struct Event {
     kind: Kind,
     leader: bool,
+    /// Whether another node failed within it.
+    second: bool,
     /// Names of the nodes whose clients it may stop.
     victims: Vec<String>,
     begin: Instant,
@@ -201,7 +205,8 @@ impl Chaos {
         self.tell(kind, victim, leader == Some(victim), length);
         self.begin(kind, victim, other)?;
         let mut victims = self.victims(kind, victim, other);
-        if second && kind != Kind::Wipe && kind != Kind::Outage {
+        let second = second && kind != Kind::Wipe && kind != Kind::Outage;
+        if second {
             self.second(other, length)?;
             victims.push(self.cluster.at(other).name().to_owned());
         } else {
@@ -215,7 +220,7 @@ impl Chaos {
         self.load.wait_for_answers(ANSWERS_BETWEEN).map_err(|why| self.explain(&why))?;
         let leader = leader == Some(victim);
         let recovery = healed.elapsed();
-        self.events.push(Event { kind, leader, victims, begin, recovery });
+        self.events.push(Event { kind, leader, second, victims, begin, recovery });
         self.wait(rest)
     }
 

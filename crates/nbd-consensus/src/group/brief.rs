@@ -24,6 +24,7 @@ impl Group {
             committed: LogIndex(raft.raft_log.committed),
             applied: LogIndex(raft.raft_log.applied),
             serving: role == Role::Leader && raft.apply_to_current_term(),
+            voter: raft.promotable(),
         }
     }
 }

@@ -33,12 +33,14 @@ fn a_new_cluster_waits_for_all_its_replicas_and_then_serves() {
 #[test]
 fn the_counter_of_health_is_one_for_all_replicas() {
     let cluster = cluster();
-    let counter = |at: usize| cluster.at(at).health().unwrap().shards[0].counter.unwrap();
-    // Each probe moves it by one, up or down; a counter of its own at each would be nearer to 0.
-    for at in [0, 1, 2, 1, 0, 2] {
-        let before = counter((at + 1) % 3);
+    let counter = |at: usize| {
         // Past the time for which probes share a result.
         thread::sleep(Duration::from_millis(150));
+        cluster.at(at).health().unwrap().shards[0].counter.unwrap()
+    };
+    // Each probe moves it by one, up or down.
+    for at in [0, 1, 2, 1, 0, 2] {
+        let before = counter((at + 1) % 3);
         let after = counter(at);
         assert_eq!((after - before).abs(), 1, "{before} at one, then {after} at the next");
     }

@@ -20,8 +20,8 @@ pub struct Report {
     /// Faults.
     pub faults: usize,
     reconnects: u64,
-    /// By kind of fault and whether it hit the leader.
-    rows: BTreeMap<(Kind, bool), Row>,
+    /// By whether another node failed as well, kind of fault, and whether it hit the leader.
+    rows: BTreeMap<(bool, Kind, bool), Row>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -34,7 +34,7 @@ struct Row {
 
 impl Report {
     pub(super) fn new(events: &[Event], finished: &Finished, checked: usize) -> Self {
-        let mut rows: BTreeMap<(Kind, bool), Row> = BTreeMap::new();
+        let mut rows: BTreeMap<(bool, Kind, bool), Row> = BTreeMap::new();
         for (place, event) in events.iter().enumerate() {
             let next = events.get(place + 1).map(|next| next.begin);
             let within = |stall: &&Stall| {
@@ -43,7 +43,7 @@ impl Report {
             let bystander =
                 |stall: &&Stall| !stall.reconnected && !event.victims.contains(&stall.node);
             let stalls = finished.stalls.iter().filter(within).filter(bystander);
-            let row = rows.entry((event.kind, event.leader)).or_default();
+            let row = rows.entry((event.second, event.kind, event.leader)).or_default();
             row.stalls.push(stalls.map(Stall::length).max().unwrap_or_default());
             row.recoveries.push(event.recovery);
         }
@@ -77,9 +77,10 @@ impl fmt::Display for Report {
             "{:<28}{:>6}{:>14}{:>14}{:>14}{:>16}",
             "fault", "count", "p50", "p99", "max", "recovery max"
         )?;
-        for ((kind, leader), Row { stalls, recoveries }) in rows {
+        for ((second, kind, leader), Row { stalls, recoveries }) in rows {
             let role = if *leader { "leader" } else { "follower" };
-            let name = format!("{kind}, {role}");
+            let second = if *second { " + one" } else { "" };
+            let name = format!("{kind}, {role}{second}");
             let ms = |time: Duration| time.as_millis();
             writeln!(
                 f,
