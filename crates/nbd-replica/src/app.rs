@@ -363,7 +363,8 @@ const HAND_OVER_MAX: Duration = Duration::from_secs(1);
 /// clients elsewhere need not wait for an election.
 async fn hand_over(groups: &[GroupHandle]) {
     let mut handing = tokio::task::JoinSet::new();
-    for group in groups.iter().cloned() {
+    for group in groups {
+        let group = group.clone();
         handing.spawn(async move {
             let Ok(status) = group.details().await else { return };
             let voters = status.peers.iter().filter(|peer| peer.active && !peer.learner);

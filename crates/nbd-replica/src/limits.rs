@@ -71,6 +71,7 @@ pub(crate) const LOG_BATCH_BYTES_MAX: usize = 4 << 20;
 /// Times a write that found no room waits for a checkpoint to show whether there is some.
 pub(crate) const SPACE_ATTEMPTS_MAX: usize = 3;
 
+const _: () = assert!(MUTATIONS_IN_FLIGHT_MAX as u64 == nbd_store::limits::SESSION_WINDOW);
 const _: () = assert!(MUTATIONS_IN_FLIGHT_MAX > 33, "one maximal write must fit the window");
 
 /// Longest wait, at the end of a connection, for the client to take its last replies and close.

@@ -354,7 +354,9 @@ impl<R> ShardReplica<R> {
         if let Some(refused) = effects.refused {
             tracing::warn!(shard = %self.shard, %refused, "a peer's message makes no sense");
         }
-        actions.snapshot_offered = effects.snapshot_offered.or(actions.snapshot_offered.take());
+        if effects.snapshot_offered.is_some() {
+            actions.snapshot_offered = effects.snapshot_offered;
+        }
         for fetch in effects.fetch {
             let places = self.places.range(fetch.first, fetch.last, fetch.bytes_max);
             actions.fetch.push(FetchPlan { first: fetch.first, places });

@@ -107,7 +107,7 @@ fn write(seq: u64, volume: VolumeId, byte: u8) -> Bytes {
 }
 
 fn volume(cluster: &mut Cluster) -> VolumeId {
-    let create = command::encode_create_volume("v", 1 << 20, "").unwrap();
+    let create = command::encode_create_volume("v", 1 << 20, "").expect("a good name");
     cluster.propose(0, vec![(create, 1000)]);
     cluster.settle();
     let Answer::Outcome(Outcome::VolumeCreated(info)) = cluster.nodes[0].answers[&1000].clone()

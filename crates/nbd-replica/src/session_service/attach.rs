@@ -17,7 +17,7 @@ use bytes::Bytes;
 use nbd_proto::limits::BLOCK_STATUS_EXTENTS_MAX;
 use nbd_rpc::{Refusal, v1};
 use nbd_session::Query;
-use nbd_store::limits::{READ_BYTES_MAX, SESSION_WINDOW};
+use nbd_store::limits::READ_BYTES_MAX;
 use nbd_store::{CommandHeader, Epoch, Outcome, SessionId, VolumeId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
@@ -26,6 +26,7 @@ use tonic::{Status, Streaming};
 use super::{Shared, not_leader, stopping};
 use crate::budget::{ByteBudget, BytePermit};
 use crate::group_task::{Answer, GroupStopped, RunError};
+use crate::limits::MUTATIONS_IN_FLIGHT_MAX;
 use crate::shard_client::local::Local;
 use crate::shard_client::read::{QueryData, QueryError, Question};
 use crate::shard_client::wire::{self, PIECE_BYTES_MAX};
@@ -38,7 +39,7 @@ const QUERIES_MAX: usize = 256;
 const QUERIES_AT_ONCE: usize = 8;
 
 /// Answers of the group that can be waiting.
-const ANSWERS_MAX: usize = SESSION_WINDOW as usize + QUERIES_MAX;
+const ANSWERS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + QUERIES_MAX;
 
 /// Most bytes that one extent of a block status takes in memory and on the wire.
 const EXTENT_BYTES: u64 = 40;
@@ -76,9 +77,8 @@ pub(super) async fn serve(
     replies: Replies,
 ) {
     let served = async {
-        let (attached, answers) = match open(shared, &mut requests, &replies).await? {
-            Some(attached) => attached,
-            None => return Ok(()),
+        let Some((attached, answers)) = open(shared, &mut requests, &replies).await? else {
+            return Ok(());
         };
         attached.run(requests, answers).await
     };
@@ -235,8 +235,8 @@ impl Attached {
         if !mine {
             return Err(Refusal::Malformed("a mutation of another session").into());
         }
-        if self.unanswered >= SESSION_WINDOW as usize {
-            let (what, limit) = ("unanswered mutations of a session", SESSION_WINDOW as usize);
+        if self.unanswered >= MUTATIONS_IN_FLIGHT_MAX {
+            let (what, limit) = ("unanswered mutations of a session", MUTATIONS_IN_FLIGHT_MAX);
             return Err(Refusal::TooMany { what, limit }.into());
         }
         self.unanswered += 1;

@@ -281,10 +281,11 @@ pub(crate) async fn end_earlier_sessions(shard: ShardClient) {
     let command = command::encode_end_sessions(shard.access.owner);
     let stop = shard.access.shutdown.started();
     tokio::select! {
-        ended = shard.run(&command) => match ended {
-            Ok(outcome) => info!(shard = %shard.group.shard(), ?outcome, "ended earlier sessions"),
-            Err(GroupStopped) => {}
-        },
+        ended = shard.run(&command) => {
+            if let Ok(outcome) = ended {
+                info!(shard = %shard.group.shard(), ?outcome, "ended earlier sessions");
+            }
+        }
         () = stop => warn!(shard = %shard.group.shard(), "earlier sessions were not ended"),
     }
 }

@@ -2,7 +2,6 @@
 
 use nbd_rpc::{Refusal, reason, v1};
 use nbd_session::{Query, QueryId};
-use nbd_store::limits::SESSION_WINDOW;
 use nbd_store::{Epoch, Outcome, Rejection, SessionId, VolumeId};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -14,10 +13,10 @@ use super::read::QueryData;
 use super::session::AttachError;
 use super::{Answered, ShardClient, wire};
 use crate::group_task::{Answer, LeaderAt};
-use crate::limits::REQUESTS_IN_FLIGHT_MAX;
+use crate::limits::{MUTATIONS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX};
 
 /// Requests that wait to be sent: all that a session may have under way, and the hello.
-const REQUESTS_MAX: usize = SESSION_WINDOW as usize + REQUESTS_IN_FLIGHT_MAX + 1;
+const REQUESTS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX + 1;
 
 /// Answers that wait for their session; behind them the stream waits, and then the leader.
 const ANSWERS_MAX: usize = 16;

@@ -11,7 +11,6 @@ use std::pin::Pin;
 
 use bytes::Bytes;
 use nbd_session::{Attachment, ClientSession, Query, QueryId, Resend, Verdict};
-use nbd_store::limits::SESSION_WINDOW;
 use nbd_store::{
     CommandHeader, Epoch, Extent, Outcome, Rejection, SessionId, VolumeId, decode_all,
     encode_close_session,
@@ -28,11 +27,11 @@ use super::{
     sleep_until,
 };
 use crate::group_task::{Answer, GroupHandle, GroupStopped, LeaderAt, Route, RunError};
-use crate::limits::REQUESTS_IN_FLIGHT_MAX;
+use crate::limits::{MUTATIONS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX};
 use crate::reply::Reply;
 
 /// Answers of a group that can be waiting: one for each request under way.
-const LOCAL_ANSWERS_MAX: usize = SESSION_WINDOW as usize + REQUESTS_IN_FLIGHT_MAX;
+const LOCAL_ANSWERS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX;
 
 /// Something that a session's owner asked for has come to an end. `token` is what it was asked
 /// with.

@@ -1,6 +1,8 @@
 //! Three replicas on disks in memory, driven step by step: the log and the network do what the test
 //! says, and nothing happens in between.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
@@ -188,8 +190,12 @@ impl Cluster {
         for (tag, answer) in actions.answers {
             assert_eq!(node.answers.insert(tag, answer), None, "{tag} is answered twice");
         }
-        node.offered = actions.snapshot_offered.or(node.offered.take());
-        node.install = actions.install.or(node.install.take());
+        if actions.snapshot_offered.is_some() {
+            node.offered = actions.snapshot_offered;
+        }
+        if actions.install.is_some() {
+            node.install = actions.install;
+        }
         if let Some(above) = actions.keep_above {
             node.segments.retain(SHARD, above);
         }
