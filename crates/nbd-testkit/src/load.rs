@@ -1,7 +1,7 @@
 //! A load whose every answer is held against what may legally be on the volume.
 //!
 //! Several threads, each with one connection to some node. A thread owns a region of the volume and
-//! keeps account of each of its sectors ([`region`]); all threads write and read a shared region,
+//! keeps account of each of its sectors (`region`); all threads write and read a shared region,
 //! whose sectors' histories are checked in the end ([`crate::history`]). A thread keeps several
 //! requests of all kinds under way. When its node is ended it connects to another; what was under
 //! way may have happened, may happen later, or never: a client of NBD cannot know.
@@ -146,7 +146,7 @@ pub struct Finished {
     pub lost: u64,
     /// Connections made after the first.
     pub reconnects: u64,
-    /// Every time of at least [`worker::STALL_MIN`] that a thread got no answer.
+    /// Every time of at least `worker::STALL_MIN` that a thread got no answer.
     pub stalls: Vec<Stall>,
     options: LoadOptions,
     epoch: Instant,
