@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!  task or thread     ends when                              then
+//!  (leadership is handed over, where this node leads)
 //!  listener           shutdown begins                        no new connection
 //!  connection tasks   shutdown begins and what they hold     their sessions are closed in the log
 //!                     is answered, or their client leaves
 //!  HTTP server        shutdown begins, answers are out
-//!  (leadership is handed over, where this node leads)
 //!  group tasks        their keeper is dropped (after the     drop their handles on the log thread
 //!                     above), or failure
 //!  helpers            the network stops, after the groups    formation, resync, scrub, repair,
@@ -48,7 +48,7 @@ use self::services::Services;
 use self::shards::ShardStarter;
 use crate::budget::ByteBudget;
 use crate::checkpoint_thread::{CheckpointHandle, CheckpointThread, DAMAGED_MAX};
-use crate::config::Config;
+use crate::config::{Config, RAFT_TICK};
 use crate::failure::Failure;
 use crate::group_task::{self, GroupHandle, GroupKeeper};
 use crate::http::{Health, ShardProbe};
@@ -319,10 +319,12 @@ impl Replica {
     /// The reason, if the node's disk has failed by then.
     pub async fn stop(self) -> Result<(), String> {
         self.readiness.drain();
+        // First: what is under way here goes on through the next leader, and clients of other nodes
+        // do not wait for this one's.
+        hand_over(&self.handles).await;
         if let Err(late) = self.shutdown.drain(self.shutdown_deadline).await {
             warn!(%late, "stopping without waiting any longer");
         }
-        hand_over(&self.handles).await;
         drop(self.keepers);
         self.groups.close();
         if tokio::time::timeout(ABANDON_AFTER, self.groups.wait()).await.is_err() {
@@ -356,31 +358,52 @@ impl Replica {
 /// Time that the log has, once nothing new is proposed, to take what is under way.
 const ABANDON_AFTER: Duration = Duration::from_secs(2);
 
-/// Longest wait for another replica to take over where this node leads.
-const HAND_OVER_MAX: Duration = Duration::from_secs(1);
+/// Times that another replica is asked to take over where this node leads.
+const HAND_OVER_ATTEMPTS: usize = 3;
 
-/// Hands leadership to the most advanced other voter of each group that this node leads, so that
-/// clients elsewhere need not wait for an election.
+/// Wait for a replica that was asked to take over: somewhat longer than the election timeout, after
+/// which the request is void. It also bounds how long a replica that has just started must not
+/// stand for election.
+const HAND_OVER_MAX: Duration = RAFT_TICK.saturating_mul(14);
+
+/// Hands leadership of each group that this node leads to another voter, so that clients elsewhere
+/// need not wait for an election.
 async fn hand_over(groups: &[GroupHandle]) {
     let mut handing = tokio::task::JoinSet::new();
     for group in groups {
         let group = group.clone();
         handing.spawn(async move {
-            let Ok(status) = group.details().await else { return };
-            let voters = status.peers.iter().filter(|peer| peer.active && !peer.learner);
-            let Some(best) = voters.max_by_key(|peer| peer.matched) else { return };
-            if status.role != Role::Leader || group.transfer(best.replica).await.is_err() {
-                return;
-            }
-            let mut route = group.route();
-            let elsewhere = |route: &group_task::Route| !route.serving && route.leader.is_some();
-            let moved = tokio::time::timeout(HAND_OVER_MAX, route.wait_for(elsewhere)).await;
-            if moved.is_err() {
+            if !hand_over_one(&group).await {
                 warn!(shard = %group.shard(), "nobody took over leadership in time");
             }
         });
     }
     handing.join_all().await;
+}
+
+/// Asks the voters in turn, the most advanced first: one that has just started refuses. `false`: it
+/// still leads.
+async fn hand_over_one(group: &GroupHandle) -> bool {
+    for attempt in 0..HAND_OVER_ATTEMPTS {
+        let Ok(status) = group.details().await else { return true };
+        let voters = status.peers.iter().filter(|peer| peer.active && !peer.learner);
+        let mut voters: Vec<_> = voters.map(|peer| (peer.matched, peer.replica)).collect();
+        voters.sort_unstable_by(|one, other| other.cmp(one));
+        if status.role != Role::Leader || voters.is_empty() {
+            return true;
+        }
+        let (_, next) = voters[attempt % voters.len()];
+        if group.transfer(next).await.is_err() {
+            return true;
+        }
+        let mut route = group.route();
+        let elsewhere = |route: &group_task::Route| !route.serving && route.leader.is_some();
+        let moved = tokio::time::timeout(HAND_OVER_MAX, route.wait_for(elsewhere)).await;
+        if moved.is_ok() {
+            return true;
+        }
+    }
+    false
 }
 
 async fn bind(what: &'static str, address: &HostPort) -> Result<TcpListener, StartError> {

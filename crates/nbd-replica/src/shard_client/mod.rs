@@ -97,6 +97,19 @@ pub(crate) enum Answered {
     Lost,
 }
 
+impl Answered {
+    /// Whether it shows that whoever is attached to does lead.
+    const fn is_from_leader(&self) -> bool {
+        match self {
+            Self::Mutation { answer: Answer::Outcome(_), .. }
+            | Self::Refused { .. }
+            | Self::Query { .. }
+            | Self::Piece { .. } => true,
+            Self::Mutation { .. } | Self::Granted { .. } | Self::Lost => false,
+        }
+    }
+}
+
 /// What all that reaches shards from this node shares.
 #[derive(Debug)]
 pub(crate) struct Access {

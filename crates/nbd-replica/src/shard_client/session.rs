@@ -140,6 +140,9 @@ pub(crate) struct SessionClient {
     pieces: HashMap<QueryId, ReadData>,
     /// An attachment was made once: what was sent over it may have taken effect.
     was_attached: bool,
+    /// Something was answered over the present attachment. One that is lost before that is worth no
+    /// more than a failed attempt: a node that stops takes attachments and drops them.
+    has_answered: bool,
     /// Nobody waits for answers: nothing is proposed or sent any more.
     leaving: bool,
 }
@@ -157,6 +160,7 @@ impl SessionClient {
             backoff: Backoff::new(),
             pieces: HashMap::new(),
             was_attached: false,
+            has_answered: false,
             leaving: false,
         }
     }
@@ -379,7 +383,7 @@ impl SessionClient {
             info!(%epoch, node = %leader.node, pending, "resumed");
         }
         self.was_attached = true;
-        self.backoff = Backoff::new();
+        self.has_answered = false;
         self.state = match opened {
             Opened::Local => {
                 let (sender, answers) = mpsc::channel(LOCAL_ANSWERS_MAX);
@@ -440,11 +444,18 @@ impl SessionClient {
     /// The attachment is dead.
     fn lost(&mut self) {
         self.session.detached(self.session.epoch());
-        self.attempt();
+        if self.has_answered {
+            self.backoff = Backoff::new();
+            self.attempt();
+        } else {
+            self.pieces.clear();
+            self.state = State::Waiting { until: Some(self.backoff.next()) };
+        }
     }
 
     async fn answered(&mut self, answered: Answered) -> Result<Option<Event>, SessionEnd> {
         let Attachment::Attached(epoch) = self.session.attachment() else { return Ok(None) };
+        self.has_answered |= answered.is_from_leader();
         match answered {
             Answered::Mutation { seq, answer: Answer::Outcome(outcome) } => {
                 return self.mutation_answered(epoch, seq, outcome);
