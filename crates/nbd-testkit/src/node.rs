@@ -306,6 +306,11 @@ impl NodeProcess {
         ("127.0.0.1", self.ports.nbd)
     }
 
+    /// Where other nodes reach it.
+    pub fn grpc_address(&self) -> (&'static str, u16) {
+        ("127.0.0.1", self.ports.grpc)
+    }
+
     /// Where its probes answer.
     pub fn http_address(&self) -> (&'static str, u16) {
         ("127.0.0.1", self.ports.http)
