@@ -11,6 +11,7 @@
 //! - [`mod@bench`]: paired measurements, in release.
 //! - [`chaos`]: three replicas under load with faults all the time, in release, for as long as one
 //!   likes.
+//! - [`sim`]: a whole cluster in one thread, over as many seeds as one likes, in release.
 
 mod bench;
 mod chaos;
@@ -18,6 +19,7 @@ mod ci;
 mod deps;
 mod drawings;
 mod process;
+mod sim;
 mod test;
 mod tidy;
 mod tools;
@@ -73,6 +75,12 @@ enum Command {
         #[arg(long)]
         dir: Option<std::path::PathBuf>,
     },
+    /// Build in release and run the simulation.
+    Sim {
+        /// Passed on to the simulation: `--seeds 10000`, or `--seed 4711` to see one again.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -98,6 +106,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Deps => deps::check(&root).map(|()| true),
         Command::Tidy => tidy::check(&root).and_then(|()| drawings::check(&root)).map(|()| true),
         Command::Bench { args } => bench::run(&root, &args).map(|()| true),
+        Command::Sim { args } => sim::run(&root, &args).map(|()| true),
         Command::Chaos { minutes, seed, dir } => chaos::run(&root, minutes, seed, dir),
     }
 }
