@@ -99,10 +99,13 @@ fn config(args: Args) -> Result<Config, Failure> {
     let node: nbd_topology::NodeName = NODE.parse()?;
     let grpc = HostPort::of_node(&"127.0.0.1".parse()?, GRPC_PORT);
     let addresses = NodeAddresses { nbd: args.nbd, grpc, http: args.http };
+    // A node on its own has no peers that would have to find it: any port will do.
+    let anywhere = HostPort::of_node(&"127.0.0.1".parse()?, 0);
+    let listen = NodeAddresses { grpc: anywhere, ..addresses.clone() };
     let nodes = vec![cluster::NodeConfig {
         name: node.clone(),
-        addresses: addresses.clone(),
-        listen: addresses,
+        addresses,
+        listen,
     }];
     let volumes = VolumePolicy { auto_create: true, default_size: args.size };
     let cluster = ClusterConfig::new(args.name, nodes, vec![vec![node.clone()]], volumes)
