@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nbd_rpc::MESSAGE_BYTES_MAX;
 use nbd_rpc::v1::admin_server::AdminServer;
@@ -15,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::shards::ResyncProgresses;
 use crate::admin_service::{AdminParts, AdminService, AdminShard};
@@ -33,6 +34,10 @@ use crate::scrub::{Comparer, ScrubParts, ScrubState, Scrubber};
 use crate::session_service::SessionService;
 use crate::shard_client::BlockRepair;
 use crate::transport::{Transport, TransportHandle};
+
+/// Longest wait, when a node stops, for peers to close connections to its gRPC server. A peer that
+/// the network keeps from hearing of it never does.
+const GOODBYE_MAX: Duration = Duration::from_millis(500);
 
 /// What the shards of a node share beside log and store. Clones are the same.
 #[derive(Clone)]
@@ -230,11 +235,19 @@ impl Services {
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)
                     .max_encoding_message_size(MESSAGE_BYTES_MAX),
             );
-        let stop = self.stop.clone().cancelled_owned();
+        let stop = self.stop.clone();
         self.spawn(async move {
-            let served = server.serve_with_incoming_shutdown(nbd_rpc::incoming(listener), stop);
-            if let Err(error) = served.await {
-                warn!(%error, "the gRPC server ended");
+            let stopped = stop.clone().cancelled_owned();
+            let served = server.serve_with_incoming_shutdown(nbd_rpc::incoming(listener), stopped);
+            let late = async {
+                stop.cancelled().await;
+                tokio::time::sleep(GOODBYE_MAX).await;
+            };
+            tokio::select! {
+                served = served => if let Err(error) = served {
+                    warn!(%error, "the gRPC server ended");
+                },
+                () = late => info!("a peer does not let go of its connection: leaving it"),
             }
         });
         self.spawn(self.repairer.clone().run(damaged, self.stop.clone()));

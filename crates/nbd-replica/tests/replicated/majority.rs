@@ -4,9 +4,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_proto::Command;
-use nbd_testkit::Reply;
+use nbd_testkit::{Fault, Reply};
 
-use crate::{cluster, wait_until};
+use crate::{builder, cluster, wait_until};
 
 #[test]
 fn health_without_a_majority_says_so_within_its_deadline() {
@@ -76,6 +76,27 @@ fn requests_wait_for_a_majority_and_then_go_on() {
         client.write(0, &[0; 4096]).unwrap();
     }
     cluster.wait_until_equal();
+}
+
+#[test]
+fn a_node_that_no_other_hears_stops_all_the_same() {
+    let mut cluster = builder().proxied().argument("--shutdown-deadline=1s").start();
+    cluster.wait_until_serving();
+    let leader = cluster.wait_leader();
+    for alone in [cluster.followers()[0], leader] {
+        let mut client = cluster.at(alone).connect("volume").unwrap();
+        client.write(0, &[1; 4096]).unwrap();
+        cluster.network().set_around(alone, Fault::Hold);
+        // It waits for a majority, in vain.
+        client.send(&Command::Write { offset: 0, len: 4096 }, &[2; 4096]).unwrap();
+        let started = Instant::now();
+        assert!(cluster.at_mut(alone).terminate().success());
+        // Deadlines of 1 s for the request, somewhat more to hand over, 2 s for the log.
+        assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+        cluster.network().heal();
+        cluster.at_mut(alone).start();
+        cluster.wait_until_serving();
+    }
 }
 
 #[test]
