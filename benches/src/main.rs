@@ -1,81 +1,147 @@
-//! Paired measurements of Cinderblock against other NBD servers, in one run on one disk.
+//! Measurements of Cinderblock, most of them in pairs with other NBD servers, in one run on one
+//! disk.
 //!
 //! Machines drift, so no figure is judged alone: every job runs against Cinderblock and its
 //! reference in turn, several rounds, and what counts is the median of the ratios. fio's nbd engine
 //! is the client for all.
 //!
-//! | job | reference | aim |
-//! | --- | --- | --- |
-//! | 4 KiB random writes, depth 64, durable | `qemu-nbd --cache=writethrough`, raw file | 3.0 |
-//! | 4 KiB random writes, depth 1, durable | the same | 0.8 |
-//! | 4 KiB random reads of cached data, depth 32 | `nbdkit file` | 0.6 |
-//! | 1 MiB sequential writes, depth 8, durable | `qemu-nbd --cache=writethrough` | none |
-//! | 1 MiB sequential reads, cached, depth 8 | `nbdkit file` | none |
+//! | job | reference | aim, 1 replica | aim, 3 replicas on this machine |
+//! | --- | --- | --- | --- |
+//! | 4 KiB random writes, depth 64, durable | `qemu-nbd --cache=writethrough`, raw file | 3.0 | 1.5 |
+//! | 4 KiB random writes, depth 1, durable | the same | 0.8 | 0.6 |
+//! | 4 KiB random reads of cached data, depth 32 | `nbdkit file` | 0.6 | 0.6 |
+//! | 1 MiB sequential writes, depth 8, durable | `qemu-nbd --cache=writethrough` | none | none |
+//! | 1 MiB sequential reads, cached, depth 8 | `nbdkit file` | none | none |
+//!
+//! The reference keeps one copy, also where Cinderblock keeps three. Three replicas are attached to
+//! at the leader; at a follower as well, which has no aims.
+//!
+//! Then there is what no other server has: [`failover`], [`idle`], [`elections`].
 
+mod elections;
+mod failover;
 mod fio;
+mod idle;
 mod server;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 use crate::fio::Job;
 use crate::server::{Server, ServerKind};
 
-/// Runs paired measurements and prints ratios.
+/// Runs measurements and prints tables.
 #[derive(Debug, Parser)]
 struct Args {
+    #[command(flatten)]
+    compare: CompareArgs,
+    #[command(flatten)]
+    place: Place,
+    #[command(subcommand)]
+    measurement: Option<Measurement>,
+}
+
+/// How comparisons run.
+#[derive(Debug, clap::Args)]
+struct CompareArgs {
     /// Rounds; each runs every job once against each server.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
     /// Seconds of each run, behind a warm-up of a fifth of it.
     #[arg(long, default_value_t = 5)]
     seconds: u32,
-    /// Where the servers keep their data: on the disk to be measured.
-    #[arg(long, default_value = "target/bench-data")]
-    dir: PathBuf,
     /// Runs only the jobs whose name contains this.
     #[arg(long)]
     only: Option<String>,
-    /// The `nbd-replica` binary to measure.
-    #[arg(long, default_value = "target/release/nbd-replica")]
-    replica: PathBuf,
+    /// Runs only the servers whose description contains this: `1 replica`, `leader`, `follower`.
+    #[arg(long)]
+    server: Option<String>,
     /// Prints each figure as a line of JSON as well.
     #[arg(long)]
     json: bool,
 }
 
-/// A job, the server it is compared with, and the ratio aimed at.
+/// What is measured, and where.
+#[derive(Debug, clap::Args)]
+struct Place {
+    /// Where the servers keep their data: on the disk to be measured.
+    #[arg(long, global = true, default_value = "target/bench-data")]
+    dir: PathBuf,
+    /// The `nbd-replica` binary to measure.
+    #[arg(long, global = true, default_value = "target/release/nbd-replica")]
+    replica: PathBuf,
+}
+
+/// Without any, the comparisons.
+#[derive(Debug, Subcommand)]
+enum Measurement {
+    /// From the loss of the leader to the first write that a survivor acknowledges.
+    Failover(failover::Args),
+    /// CPU that replicas use when nothing happens.
+    Idle(idle::Args),
+    /// How often the leader changes under full load.
+    Elections(elections::Args),
+}
+
+/// A job, the servers it is compared on, and the ratio aimed at.
 struct Comparison {
     job: Job,
+    ours: ServerKind,
     reference: ServerKind,
     aim: Option<f64>,
 }
 
 fn comparisons(seconds: u32) -> Vec<Comparison> {
     let job = |name, rw, block_kib, depth| Job { name, rw, block_kib, depth, seconds };
-    let writethrough = ServerKind::QemuWritethrough;
-    let compare = |job, reference, aim| Comparison { job, reference, aim };
-    vec![
-        compare(job("4k-randwrite-qd64", "randwrite", 4, 64), writethrough, Some(3.0)),
-        compare(job("4k-randwrite-qd1", "randwrite", 4, 1), writethrough, Some(0.8)),
-        compare(job("4k-randread-qd32", "randread", 4, 32), ServerKind::NbdkitFile, Some(0.6)),
-        compare(job("1m-write-qd8", "write", 1024, 8), writethrough, None),
-        compare(job("1m-read-qd8", "read", 1024, 8), ServerKind::NbdkitFile, None),
-    ]
+    let (writethrough, file) = (ServerKind::QemuWritethrough, ServerKind::NbdkitFile);
+    // With the aims for one replica and for three.
+    let jobs = [
+        (job("4k-randwrite-qd64", "randwrite", 4, 64), writethrough, Some(3.0), Some(1.5)),
+        (job("4k-randwrite-qd1", "randwrite", 4, 1), writethrough, Some(0.8), Some(0.6)),
+        (job("4k-randread-qd32", "randread", 4, 32), file, Some(0.6), Some(0.6)),
+        (job("1m-write-qd8", "write", 1024, 8), writethrough, None, None),
+        (job("1m-read-qd8", "read", 1024, 8), file, None, None),
+    ];
+    let mut comparisons = Vec::new();
+    for ours in [ServerKind::Single, ServerKind::Leader, ServerKind::Follower] {
+        comparisons.extend(jobs.map(|(job, reference, single, replicated)| {
+            let aim = match ours {
+                ServerKind::Single => single,
+                ServerKind::Leader => replicated,
+                _ => None,
+            };
+            Comparison { job, ours, reference, aim }
+        }));
+    }
+    comparisons
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
-    std::fs::create_dir_all(&args.dir).context("create the data directory")?;
-    println!("job                  cinderblock    reference      ratio   aim   reference");
+    let Args { compare, place, measurement } = Args::parse();
+    std::fs::create_dir_all(&place.dir).context("create the data directory")?;
+    match measurement {
+        None => compare_all(&compare, &place),
+        Some(Measurement::Failover(args)) => failover::run(&args, &place),
+        Some(Measurement::Idle(args)) => idle::run(&args, &place),
+        Some(Measurement::Elections(args)) => elections::run(&args, &place),
+    }
+}
+
+fn compare_all(args: &CompareArgs, place: &Place) -> Result<()> {
+    println!(
+        "job                  replicas       cinderblock    reference      ratio   aim   reference"
+    );
+    let lacks = |filter: &Option<String>, name: &str| {
+        filter.as_ref().is_some_and(|part| !name.contains(part.as_str()))
+    };
     let mut missed = 0;
     for comparison in comparisons(args.seconds) {
-        if args.only.as_ref().is_some_and(|only| !comparison.job.name.contains(only.as_str())) {
-            continue;
+        let (job, server) = (comparison.job.name, comparison.ours.describe());
+        if !lacks(&args.only, job) && !lacks(&args.server, server) {
+            missed += usize::from(!run(args, place, &comparison)?);
         }
-        missed += usize::from(!run(&args, &comparison)?);
     }
     if missed > 0 {
         println!("{missed} of the aims were missed in this run");
@@ -84,12 +150,13 @@ fn main() -> Result<()> {
 }
 
 /// Runs one comparison. `false` if its aim was missed.
-fn run(args: &Args, comparison: &Comparison) -> Result<bool> {
-    let ours = Server::start(ServerKind::Cinderblock, &args.dir, &args.replica)?;
-    let reference = Server::start(comparison.reference, &args.dir, &args.replica)?;
+fn run(args: &CompareArgs, place: &Place, comparison: &Comparison) -> Result<bool> {
+    let ours = Server::start(comparison.ours, &place.dir, &place.replica)?;
+    let reference = Server::start(comparison.reference, &place.dir, &place.replica)?;
     for server in [&ours, &reference] {
         comparison.job.prepare(&server.uri())?;
     }
+    let term = ours.term();
     let mut rates = (Vec::new(), Vec::new());
     for round in 0..args.rounds {
         // In turn, so that neither always runs on a disk that the other has just left busy.
@@ -105,8 +172,9 @@ fn run(args: &Args, comparison: &Comparison) -> Result<bool> {
     let (ours_rate, reference_rate) = (median(&mut rates.0), median(&mut rates.1));
     let aim = comparison.aim.map_or_else(|| "-".to_owned(), |aim| format!("{aim:.1}"));
     println!(
-        "{:<20} {:>8.0} {:<5} {:>8.0} {:<5} {:>5.2} {:>5}   {}",
+        "{:<20} {:<12} {:>8.0} {:<5} {:>8.0} {:<5} {:>5.2} {:>5}   {}",
         comparison.job.name,
+        comparison.ours.describe(),
         ours_rate,
         comparison.job.unit(),
         reference_rate,
@@ -115,9 +183,13 @@ fn run(args: &Args, comparison: &Comparison) -> Result<bool> {
         aim,
         comparison.reference.describe(),
     );
+    if ours.term() != term {
+        println!("    the leader changed meanwhile: term {term:?}, then {:?}", ours.term());
+    }
     if args.json {
         let line = serde_json::json!({
             "job": comparison.job.name,
+            "replicas": comparison.ours.describe(),
             "unit": comparison.job.unit(),
             "cinderblock": rates.0,
             "reference": rates.1,

@@ -8,9 +8,13 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nbd_testkit::Cluster;
 
 /// Size of every export.
-const VOLUME_BYTES: u64 = 1 << 30;
+pub(crate) const VOLUME_BYTES: u64 = 1 << 30;
+
+/// Name of every export.
+pub(crate) const EXPORT: &str = "bench";
 
 /// Time a server has to accept connections.
 const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -19,7 +23,11 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ServerKind {
     /// `nbd-replica`, one replica.
-    Cinderblock,
+    Single,
+    /// `nbd-replica`, three replicas on this machine, attached to the leader.
+    Leader,
+    /// The same, attached to a follower.
+    Follower,
     /// `qemu-nbd` on a raw file, every write durable when answered.
     QemuWritethrough,
     /// `nbdkit file`, cached.
@@ -29,7 +37,9 @@ pub(crate) enum ServerKind {
 impl ServerKind {
     pub(crate) const fn describe(self) -> &'static str {
         match self {
-            Self::Cinderblock => "nbd-replica",
+            Self::Single => "1 replica",
+            Self::Leader => "3, leader",
+            Self::Follower => "3, follower",
             Self::QemuWritethrough => "qemu-nbd --cache=writethrough, raw file",
             Self::NbdkitFile => "nbdkit file",
         }
@@ -38,31 +48,84 @@ impl ServerKind {
 
 /// A running server; stopped and its data removed when dropped.
 #[derive(Debug)]
-pub(crate) struct Server {
+pub(crate) enum Server {
+    /// One of ours.
+    Cluster(Cluster),
+    /// Another's.
+    Reference(Reference),
+}
+
+impl Server {
+    pub(crate) fn start(kind: ServerKind, dir: &Path, replica: &Path) -> Result<Self> {
+        Ok(match kind {
+            ServerKind::Single => Self::Cluster(cluster(1, dir, replica)),
+            ServerKind::Leader => {
+                let mut cluster = cluster(3, dir, replica);
+                cluster.put_in_front(cluster.wait_leader());
+                Self::Cluster(cluster)
+            }
+            ServerKind::Follower => {
+                let mut cluster = cluster(3, dir, replica);
+                cluster.put_in_front(cluster.followers()[0]);
+                Self::Cluster(cluster)
+            }
+            ServerKind::QemuWritethrough | ServerKind::NbdkitFile => {
+                Self::Reference(Reference::start(kind, dir)?)
+            }
+        })
+    }
+
+    pub(crate) fn uri(&self) -> String {
+        match self {
+            Self::Cluster(cluster) => cluster.node().uri(EXPORT),
+            Self::Reference(reference) => format!("nbd://127.0.0.1:{}/{EXPORT}", reference.port),
+        }
+    }
+
+    /// Raft's term: a change means that the leader has changed in a measurement.
+    pub(crate) fn term(&self) -> Option<f64> {
+        match self {
+            Self::Cluster(cluster) => cluster.node().metric("raft_term{shard=\"0\"}"),
+            Self::Reference(_) => None,
+        }
+    }
+}
+
+/// A serving cluster of this many replicas.
+///
+/// # Panics
+/// If it does not come to serve.
+pub(crate) fn cluster(replicas: usize, dir: &Path, replica: &Path) -> Cluster {
+    let builder = Cluster::builder().replicas(replicas).program(replica).under(dir);
+    let size = format!("{VOLUME_BYTES}B");
+    let mut cluster = builder.name("bench").default_size(&size).start();
+    cluster.wait_until_serving();
+    cluster
+}
+
+/// Another's server.
+#[derive(Debug)]
+pub(crate) struct Reference {
     child: Child,
     port: u16,
     data: PathBuf,
 }
 
-impl Server {
-    pub(crate) fn start(kind: ServerKind, dir: &Path, replica: &Path) -> Result<Self> {
+impl Reference {
+    fn start(kind: ServerKind, dir: &Path) -> Result<Self> {
         let port = free_port()?;
         let data = dir.join(format!("{kind:?}-{port}"));
-        let mut command = match kind {
-            ServerKind::Cinderblock => cinderblock(replica, &data, port)?,
-            ServerKind::QemuWritethrough => {
-                let mut command = Command::new("qemu-nbd");
-                command.args(["--cache=writethrough", "--format=raw", "--persistent"]);
-                command.args(["--shared=8", "--bind=127.0.0.1", &format!("--port={port}")]);
-                command.args(["--export-name=bench"]).arg(raw_file(&data)?);
-                command
-            }
-            ServerKind::NbdkitFile => {
-                let mut command = Command::new("nbdkit");
-                command.args(["--foreground", "--ipaddr=127.0.0.1", &format!("--port={port}")]);
-                command.arg("file").arg(raw_file(&data)?);
-                command
-            }
+        let mut command = if kind == ServerKind::QemuWritethrough {
+            let mut command = Command::new("qemu-nbd");
+            command.args(["--cache=writethrough", "--format=raw", "--persistent"]);
+            command.args(["--shared=8", "--bind=127.0.0.1", &format!("--port={port}")]);
+            command.arg(format!("--export-name={EXPORT}")).arg(raw_file(&data)?);
+            command
+        } else {
+            let mut command = Command::new("nbdkit");
+            command.args(["--foreground", "--ipaddr=127.0.0.1", &format!("--port={port}")]);
+            command.arg("file").arg(raw_file(&data)?);
+            command
         };
         let child = command
             .stdin(Stdio::null())
@@ -73,10 +136,6 @@ impl Server {
         let mut server = Self { child, port, data };
         server.wait_for_port(kind)?;
         Ok(server)
-    }
-
-    pub(crate) fn uri(&self) -> String {
-        format!("nbd://127.0.0.1:{}/bench", self.port)
     }
 
     fn wait_for_port(&mut self, kind: ServerKind) -> Result<()> {
@@ -94,12 +153,11 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for Reference {
     fn drop(&mut self) {
         // Only what this run started, by its pid.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = fs::remove_dir_all(&self.data);
         let _ = fs::remove_file(&self.data);
     }
 }
@@ -110,28 +168,6 @@ fn raw_file(path: &Path) -> Result<PathBuf> {
     let file = File::create(path).context("create the raw file")?;
     file.set_len(VOLUME_BYTES).context("size the raw file")?;
     Ok(path.to_owned())
-}
-
-fn cinderblock(replica: &Path, data: &Path, port: u16) -> Result<Command> {
-    fs::create_dir_all(data).context("create the data directory")?;
-    let (grpc, http) = (free_port()?, free_port()?);
-    let cluster = data.join("cluster.toml");
-    let text = format!(
-        r#"name = "bench"
-[[nodes]]
-name = "nbd-1-1"
-nbd = "127.0.0.1:{port}"
-grpc = "127.0.0.1:{grpc}"
-http = "127.0.0.1:{http}"
-[[shards]]
-replicas = ["nbd-1-1"]
-"#
-    );
-    fs::write(&cluster, text).context("write cluster.toml")?;
-    let mut command = Command::new(replica);
-    command.arg("--cluster").arg(cluster).args(["--node", "nbd-1-1"]);
-    command.arg("--data-dir").arg(data.join("replica"));
-    Ok(command)
 }
 
 fn free_port() -> Result<u16> {

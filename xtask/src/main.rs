@@ -9,8 +9,11 @@
 //! - [`tidy`]: what neither the compiler, clippy nor rustfmt checks; [`drawings`]: that documents
 //!   and modules draw the same.
 //! - [`mod@bench`]: paired measurements, in release.
+//! - [`chaos`]: three replicas under load with faults all the time, in release, for as long as one
+//!   likes.
 
 mod bench;
+mod chaos;
 mod ci;
 mod deps;
 mod drawings;
@@ -54,9 +57,21 @@ enum Command {
     Tidy,
     /// Build in release and run the benchmarks.
     Bench {
-        /// Passed on to the benchmark program.
-        #[arg(last = true)]
+        /// Passed on to the benchmark program: `--rounds 3`, or `failover --kills 50`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
+    },
+    /// Build in release, and kill, pause and cut off replicas under a verified load.
+    Chaos {
+        /// How long.
+        #[arg(long, default_value_t = 5.0)]
+        minutes: f64,
+        /// Repeats the schedule of an earlier run. Default: a random one, which is printed.
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Where the nodes keep their data. Default: the system's directory for temporary files.
+        #[arg(long)]
+        dir: Option<std::path::PathBuf>,
     },
 }
 
@@ -83,5 +98,6 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Deps => deps::check(&root).map(|()| true),
         Command::Tidy => tidy::check(&root).and_then(|()| drawings::check(&root)).map(|()| true),
         Command::Bench { args } => bench::run(&root, &args).map(|()| true),
+        Command::Chaos { minutes, seed, dir } => chaos::run(&root, minutes, seed, dir),
     }
 }

@@ -105,5 +105,7 @@ fn push(message: &eraftpb::Message, out: &mut Vec<OutMessage>) {
     let mut bytes = Vec::with_capacity(message.compute_size() as usize);
     let written = message.write_to_vec(&mut bytes);
     assert!(written.is_ok(), "a message of proto3 has no field that could be missing");
-    out.push(OutMessage { to, bulk: !message.entries.is_empty(), bytes: bytes.into() });
+    // Also without entries: one that overtook those with entries would be taken for a gap.
+    let bulk = message.msg_type == MessageType::MsgAppend;
+    out.push(OutMessage { to, bulk, bytes: bytes.into() });
 }

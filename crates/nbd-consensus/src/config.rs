@@ -26,7 +26,7 @@ pub enum ReadMode {
 }
 
 /// Settings of a group. Validated by [`Group::new`](crate::Group::new).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct GroupConfig {
     /// The shard the group serves. For log lines only: messages do not carry it.
     pub shard: ShardId,
@@ -58,6 +58,9 @@ pub struct GroupConfig {
     pub election_ticks_extra: u32,
     /// Largest data of an entry, proposed here or sent by a peer. Default: 2 MiB.
     pub entry_bytes_max: usize,
+    /// Whether the data of a command is whole, by the checksums inside it. A message with an entry
+    /// that is not is refused, before any of it has an effect. Default: always.
+    pub is_sound: fn(&[u8]) -> bool,
     /// Bytes a leader logs ahead of what is committed; past it proposals are refused as
     /// [`Full`](crate::RejectReason::Full), though one always passes. Default: 64 MiB. Higher lets
     /// a stalled majority pile up more memory; lower stalls large sequential writes.
@@ -85,6 +88,7 @@ impl GroupConfig {
             election_ticks_jitter: true,
             election_ticks_extra: 0,
             entry_bytes_max: ENTRY_BYTES_MAX,
+            is_sound: |_| true,
             uncommitted_bytes_max: UNCOMMITTED_BYTES_MAX,
             cache_bytes_max: CACHE_BYTES_MAX,
             #[cfg(feature = "planted-faults")]

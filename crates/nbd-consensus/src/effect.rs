@@ -54,8 +54,8 @@ impl Append {
 pub struct OutMessage {
     /// The receiver.
     pub to: ReplicaId,
-    /// Whether it carries entries. Those without (heartbeats, votes, answers) are small, and should
-    /// not queue behind those with.
+    /// Whether it is of the stream of entries, which is in order and may be long. The others
+    /// (heartbeats, votes, answers) are small, and should not queue behind it.
     pub bulk: bool,
     /// The message, opaque: for [`Input::Message`](crate::Input::Message) of the receiver.
     pub bytes: Bytes,

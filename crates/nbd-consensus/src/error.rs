@@ -132,6 +132,13 @@ pub enum MessageError {
         /// Its length.
         bytes: usize,
     },
+    /// An entry whose data does not have the checksums inside it
+    /// ([`GroupConfig::is_sound`](crate::GroupConfig)): it was damaged at the sender.
+    #[error("the data of entry {index} does not have its checksums")]
+    Damaged {
+        /// The entry.
+        index: u64,
+    },
     /// A leader says that more is committed than this replica has. It acknowledged entries that it
     /// no longer has: its disk was wiped or replaced under its old id.
     #[error("leader has committed {commit} here, but the log ends at {last}: was this disk wiped?")]

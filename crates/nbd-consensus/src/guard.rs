@@ -5,7 +5,7 @@
 //! refused here. What cannot be checked is a peer that lies plausibly, say about what it persisted.
 
 use protobuf::ProtobufEnum as _;
-use raft::eraftpb::{Message, MessageType};
+use raft::eraftpb::{EntryType, Message, MessageType};
 
 use crate::error::MessageError;
 use crate::limits::COUNTER_MAX;
@@ -24,6 +24,8 @@ pub(crate) struct Guard {
     pub(crate) last: u64,
     /// Largest data of an entry.
     pub(crate) entry_bytes_max: usize,
+    /// Whether the data of a command entry is whole.
+    pub(crate) is_sound: fn(&[u8]) -> bool,
 }
 
 impl Guard {
@@ -86,6 +88,9 @@ impl Guard {
             let bytes = entry.data.len();
             if bytes > self.entry_bytes_max {
                 return Err(MessageError::EntryTooLarge { index, bytes });
+            }
+            if entry.entry_type == EntryType::EntryNormal && !(self.is_sound)(&entry.data) {
+                return Err(MessageError::Damaged { index });
             }
         }
         if term > message.term {

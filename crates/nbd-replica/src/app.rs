@@ -6,58 +6,78 @@
 //!  connection tasks   shutdown begins and what they hold     their sessions are closed in the log
 //!                     is answered, or their client leaves
 //!  HTTP server        shutdown begins, answers are out
+//!  (leadership is handed over, where this node leads)
 //!  group tasks        their keeper is dropped (after the     drop their handles on the log thread
-//!                     above have drained), or failure
+//!                     above), or failure
+//!  helpers            the network stops, after the groups    formation, resync, scrub, repair,
+//!                                                            membership, gRPC server, transport
 //!  log thread         the last group task has ended          all that was proposed is durable
 //!  checkpoint thread  told to stop, after the log thread     all is home; the lock is released
 //! ```
 //!
 //! A failure of the disk ends the group tasks at once; [`Replica::failed`] then tells the process
 //! to stop.
+//!
+//! - `shards`: from a recovered shard to a running group. `services`: the gRPC server, and the
+//!   tasks that look after data and members.
 
-use std::collections::{HashMap, VecDeque};
+mod services;
+mod shards;
+
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{io, thread};
 
-use nbd_consensus::{Entry, EntryKind as RaftKind, Group, GroupConfig, GroupError, Recovered};
+use nbd_consensus::{GroupError, Role};
 use nbd_log::io::{DiskLock, FileDisk};
-use nbd_log::log::{EntryKind, LogPosition};
 use nbd_service::http::serve_http;
 use nbd_service::telemetry::PrometheusHandle;
 use nbd_service::{HostPort, Readiness, Shutdown, health};
-use nbd_store::{NodeStore, OpenError, RecoveredShard, StoreOptions};
-use nbd_topology::{LogIndex, NodeName, ReplicaId, ShardId};
+use nbd_store::{NodeStore, OpenError, Owner, StoreOptions};
+use nbd_topology::{NodeName, ShardId};
 use tokio::net::TcpListener;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
+use self::services::Services;
+use self::shards::ShardStarter;
 use crate::budget::ByteBudget;
-use crate::checkpoint_thread::{CheckpointHandle, CheckpointThread};
-use crate::config::{Config, RAFT_TICK};
+use crate::checkpoint_thread::{CheckpointHandle, CheckpointThread, DAMAGED_MAX};
+use crate::config::Config;
 use crate::failure::Failure;
-use crate::group_task::{self, GroupHandle, GroupKeeper, GroupParts};
+use crate::group_task::{self, GroupHandle, GroupKeeper};
 use crate::http::{Health, ShardProbe};
-use crate::log_thread::{self, LogHandle};
+use crate::log_thread;
 use crate::metrics::NbdMetrics;
 use crate::nbd::{Listener, Node};
+use crate::session_service;
+use crate::shard_client::{Access, CorruptReads, Links, Room, ShardClient, end_earlier_sessions};
 
 /// A running node.
 #[derive(Debug)]
 pub struct Replica {
     node: NodeName,
     nbd: SocketAddr,
+    grpc: SocketAddr,
     http: SocketAddr,
     failure: Failure,
     readiness: Readiness,
     abandon: CancellationToken,
     shutdown: Shutdown,
     shutdown_deadline: Duration,
+    handles: Vec<GroupHandle>,
     keepers: Vec<GroupKeeper>,
-    groups: Vec<JoinHandle<()>>,
+    /// Group tasks, also of shards that are still being formed.
+    groups: TaskTracker,
+    services: Services,
+    /// For tests that play another node.
+    #[cfg(test)]
+    pub(crate) shards: HashMap<ShardId, ShardClient>,
     log_thread: thread::JoinHandle<()>,
     checkpoints: CheckpointHandle,
     checkpoint_thread: thread::JoinHandle<()>,
@@ -112,25 +132,26 @@ pub enum StartError {
 }
 
 impl Replica {
-    /// Binds the sockets, recovers the data directory, and starts serving. Returns once every group
-    /// is started; `/readyz` tells when they can be written to.
+    /// Binds the sockets, recovers the data directory, and starts serving. Returns once everything
+    /// is started; `/readyz` tells when the shards can be written to.
     ///
     /// # Errors
     /// See [`StartError`]. Nothing is left running.
     pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Self, StartError> {
         let listener = bind("NBD", &config.listen.nbd).await?;
+        let grpc = bind("gRPC", &config.listen.grpc).await?;
         let http = bind("HTTP", &config.listen.http).await?;
-        let (nbd_address, http_address) = (
+        let (nbd_address, grpc_address, http_address) = (
             local("NBD", &listener, &config.listen.nbd)?,
+            local("gRPC", &grpc, &config.listen.grpc)?,
             local("HTTP", &http, &config.listen.http)?,
         );
 
         let store = open_store(&config).await?;
-        let failure = Failure::default();
-        let shutdown = Shutdown::new();
-        let checkpoints = CheckpointHandle::new();
-        let abandon = CancellationToken::new();
-        let NodeStore { log, segments, checkpointer, shards, space, lock, .. } = store;
+        let (failure, shutdown) = (Failure::default(), Shutdown::new());
+        let (checkpoints, abandon) = (CheckpointHandle::new(), CancellationToken::new());
+        let directory = store.identity.directory;
+        let NodeStore { log, log_reader, segments, checkpointer, shards, space, lock, .. } = store;
         let (log_handle, log_thread) = log_thread::spawn(
             log,
             Arc::clone(&segments),
@@ -140,56 +161,114 @@ impl Replica {
         )
         .map_err(StartError::Thread)?;
 
-        let mut tasks = Vec::new();
-        let mut handles = Vec::new();
-        let mut keepers = Vec::new();
+        let (mut handles, mut keepers, mut recovered) = (Vec::new(), Vec::new(), Vec::new());
         for shard in shards {
-            let parts =
-                group_parts(&config, shard, log_handle.clone(), failure.clone(), abandon.clone())?;
-            let (task, handle, keeper) = group_task::new(parts);
-            tasks.push(task);
-            handles.push(handle);
+            let (handle, keeper, mailbox) = group_task::mailbox(shard.reader.clone());
+            handles.push(handle.clone());
             keepers.push(keeper);
+            // What recovery found stays until the group says otherwise.
+            segments.retain(shard.shard, shard.raft.compacted.0);
+            recovered.push((shard, handle, mailbox));
         }
-        drop(log_handle);
+        let (damaged_tx, damaged) = tokio::sync::mpsc::channel(DAMAGED_MAX);
         let checkpoint_thread = CheckpointThread {
             checkpointer,
             segments,
             space: Arc::clone(&space),
             groups: handles.clone(),
             handle: checkpoints.clone(),
+            damaged: damaged_tx.clone(),
             failure: failure.clone(),
         }
         .spawn()
         .map_err(StartError::Thread)?;
-        let groups = tasks.into_iter().map(|task| tokio::spawn(task.run())).collect();
+
+        let services = Services::new(
+            &config,
+            directory,
+            &handles,
+            checkpoints.clone(),
+            failure.clone(),
+            damaged_tx,
+        );
+        let groups = TaskTracker::new();
+        let starter = ShardStarter {
+            config: config.clone(),
+            log: log_handle,
+            log_reader,
+            services: services.clone(),
+            failure: failure.clone(),
+            abandon: abandon.clone(),
+        };
+        let resync = starter.start_all(recovered, &groups);
+        let nbd_metrics = NbdMetrics::new();
+        let access = Arc::new(Access {
+            cluster: config.cluster.name().clone(),
+            owner: Owner {
+                node: xxh3_64(config.node.as_str().as_bytes()),
+                incarnation: rand::random(),
+            },
+            links: Links::default(),
+            room: Room { space, checkpoints: checkpoints.clone() },
+            repair: services.repair(),
+            shutdown: shutdown.clone(),
+            corrupt: CorruptReads(nbd_metrics.corrupt.clone()),
+        });
+        let clients: HashMap<_, _> = handles
+            .iter()
+            .map(|group| {
+                let client = ShardClient { group: group.clone(), access: Arc::clone(&access) };
+                (group.shard(), client)
+            })
+            .collect();
+        for client in clients.values() {
+            shutdown.spawn(end_earlier_sessions(client.clone()));
+        }
+        services.serve(grpc, &config, session_service::service(clients.clone()), &resync, damaged);
 
         let readiness = serve_readiness(&handles, &shutdown);
-        serve_probes(&config, http, metrics, &handles, &failure, &readiness, &shutdown);
+        let probe = |client: &ShardClient| {
+            let resync = resync[&client.group.shard()].clone();
+            Arc::new(ShardProbe::new(client.clone(), resync))
+        };
+        let health = Health {
+            node: config.node.clone(),
+            failure: failure.clone(),
+            deadline: config.tuning.health_deadline.get(),
+            shards: clients.values().map(probe).collect(),
+            checkpoints: checkpoints.clone(),
+        };
+        serve_probes(http, metrics, health, &readiness, &shutdown);
+        #[cfg(test)]
+        let for_tests = clients.clone();
         let node = Node {
             shard_count: config.cluster.shard_count(),
-            groups: handles.iter().map(|g| (g.shard(), g.clone())).collect::<HashMap<_, _>>(),
+            shards: clients,
             volumes: config.volumes,
             budget: ByteBudget::new(config.tuning.request_bytes_max.bytes()),
-            space,
-            checkpoints: checkpoints.clone(),
             shutdown: shutdown.clone(),
-            metrics: NbdMetrics::new(),
+            metrics: nbd_metrics,
         };
         let connections_max = config.tuning.connections_max as usize;
         shutdown.spawn(Listener::new(listener, Arc::new(node), connections_max).run());
-        info!(node = %config.node, nbd = %nbd_address, http = %http_address, "started");
+        info!(node = %config.node, nbd = %nbd_address, grpc = %grpc_address, http = %http_address,
+              "started");
         Ok(Self {
             node: config.node,
             nbd: nbd_address,
+            grpc: grpc_address,
             http: http_address,
             failure,
             readiness,
             abandon,
             shutdown,
             shutdown_deadline: config.tuning.shutdown_deadline.get(),
+            handles,
             keepers,
             groups,
+            services,
+            #[cfg(test)]
+            shards: for_tests,
             log_thread,
             checkpoints,
             checkpoint_thread,
@@ -207,6 +286,12 @@ impl Replica {
     #[must_use]
     pub const fn nbd_address(&self) -> SocketAddr {
         self.nbd
+    }
+
+    /// Where other nodes are served.
+    #[must_use]
+    pub const fn grpc_address(&self) -> SocketAddr {
+        self.grpc
     }
 
     /// Where HTTP is served.
@@ -236,20 +321,15 @@ impl Replica {
         if let Err(late) = self.shutdown.drain(self.shutdown_deadline).await {
             warn!(%late, "stopping without waiting any longer");
         }
+        hand_over(&self.handles).await;
         drop(self.keepers);
-        let groups = async {
-            for group in self.groups {
-                if let Err(error) = group.await {
-                    warn!(%error, "a group task ended badly");
-                }
-            }
-        };
-        tokio::pin!(groups);
-        if tokio::time::timeout(ABANDON_AFTER, &mut groups).await.is_err() {
+        self.groups.close();
+        if tokio::time::timeout(ABANDON_AFTER, self.groups.wait()).await.is_err() {
             warn!("the log does not take what is under way: abandoning it");
             self.abandon.cancel();
-            groups.await;
+            self.groups.wait().await;
         }
+        self.services.stop().await;
         let (log, checkpoint) = (self.log_thread, self.checkpoint_thread);
         let checkpoints = self.checkpoints;
         let joined = tokio::task::spawn_blocking(move || {
@@ -274,6 +354,32 @@ impl Replica {
 
 /// Time that the log has, once nothing new is proposed, to take what is under way.
 const ABANDON_AFTER: Duration = Duration::from_secs(2);
+
+/// Longest wait for another replica to take over where this node leads.
+const HAND_OVER_MAX: Duration = Duration::from_secs(1);
+
+/// Hands leadership to the most advanced other voter of each group that this node leads, so that
+/// clients elsewhere need not wait for an election.
+async fn hand_over(groups: &[GroupHandle]) {
+    let mut handing = tokio::task::JoinSet::new();
+    for group in groups.iter().cloned() {
+        handing.spawn(async move {
+            let Ok(status) = group.details().await else { return };
+            let voters = status.peers.iter().filter(|peer| peer.active && !peer.learner);
+            let Some(best) = voters.max_by_key(|peer| peer.matched) else { return };
+            if status.role != Role::Leader || group.transfer(best.replica).await.is_err() {
+                return;
+            }
+            let mut route = group.route();
+            let elsewhere = |route: &group_task::Route| !route.serving && route.leader.is_some();
+            let moved = tokio::time::timeout(HAND_OVER_MAX, route.wait_for(elsewhere)).await;
+            if moved.is_err() {
+                warn!(shard = %group.shard(), "nobody took over leadership in time");
+            }
+        });
+    }
+    handing.join_all().await;
+}
 
 async fn bind(what: &'static str, address: &HostPort) -> Result<TcpListener, StartError> {
     TcpListener::bind(address.to_string()).await.map_err(|source| StartError::Listen {
@@ -307,6 +413,8 @@ async fn open_store(config: &Config) -> Result<NodeStore, StartError> {
         checkpoint_log_bytes: config.tuning.checkpoint_log_bytes.bytes(),
         meta_cache_bytes: META_CACHE_BYTES,
         space_reserve_bytes: config.tuning.space_reserve.bytes(),
+        decode_change: nbd_consensus::decode_change,
+        fault: None,
         rng_seed: rand::random(),
     };
     let path = config.data_dir.clone();
@@ -329,78 +437,20 @@ fn open_blocking(path: &Path, options: StoreOptions) -> Result<NodeStore, StartE
         .map_err(|source| StartError::Open { path: path.to_owned(), source })
 }
 
-fn group_parts(
-    config: &Config,
-    recovered: RecoveredShard,
-    log: LogHandle,
-    failure: Failure,
-    abandon: CancellationToken,
-) -> Result<GroupParts, StartError> {
-    let RecoveredShard { shard, writer, reader, raft, .. } = recovered;
-    let replicas = config.cluster.replicas(shard);
-    let id = |node: &NodeName| config.cluster.replica_id(shard, node);
-    let (Some(replica), voters) =
-        (id(&config.node), replicas.iter().filter_map(id).collect::<Vec<ReplicaId>>())
-    else {
-        unreachable!("the configuration gave this shard to this node")
-    };
-    let positions: VecDeque<(LogIndex, LogPosition)> =
-        raft.tail.iter().map(|entry| (entry.index, entry.position)).collect();
-    let recovered = Recovered {
-        hard_state: nbd_consensus::HardState {
-            term: raft.hard_state.term,
-            vote: ReplicaId::new(raft.hard_state.vote),
-            commit: raft.hard_state.commit,
-        },
-        applied: raft.applied,
-        compacted: raft.compacted,
-        terms: raft.terms,
-        tail: raft
-            .tail
-            .into_iter()
-            .map(|entry| Entry {
-                index: entry.index,
-                term: entry.term,
-                kind: match entry.kind {
-                    EntryKind::Command => RaftKind::Command,
-                    EntryKind::ConfChange => RaftKind::ConfChange,
-                    EntryKind::ConfChangeV2 => RaftKind::ConfChangeV2,
-                },
-                data: entry.data,
-            })
-            .collect(),
-    };
-    let sole_voter = voters.len() == 1;
-    let mut settings = GroupConfig::new(shard, replica, voters);
-    if sole_voter {
-        // Nobody will ever ask for entries that are applied.
-        settings.cache_bytes_max = 0;
-    }
-    let group =
-        Group::new(settings, recovered).map_err(|source| StartError::Group { shard, source })?;
-    Ok(GroupParts {
-        shard,
-        group,
-        writer,
-        reader,
-        positions,
-        log,
-        failure,
-        tick: RAFT_TICK,
-        sole_voter,
-        abandon,
-    })
-}
-
-/// Ready once every group serves.
+/// Ready once every group has a leader, here or elsewhere.
 fn serve_readiness(groups: &[GroupHandle], shutdown: &Shutdown) -> Readiness {
     let (readiness, [latch]) = Readiness::new(["every shard to be led"]);
     for group in groups {
         let (group, latch, stop) = (group.clone(), latch.clone(), shutdown.started());
         shutdown.spawn(async move {
+            let mut route = group.route();
+            let led = |route: &group_task::Route| {
+                let elsewhere = route.leader.as_ref().is_some_and(|leader| !leader.local);
+                route.serving || elsewhere
+            };
             tokio::select! {
-                serving = group.serving() => match serving {
-                    Ok(()) => latch.release(),
+                known = route.wait_for(led) => match known {
+                    Ok(_) => latch.release(),
                     // Never ready: the condition must not be met by dropping the latch.
                     Err(_) => std::mem::forget(latch),
                 },
@@ -412,20 +462,12 @@ fn serve_readiness(groups: &[GroupHandle], shutdown: &Shutdown) -> Readiness {
 }
 
 fn serve_probes(
-    config: &Config,
     listener: TcpListener,
     metrics: PrometheusHandle,
-    groups: &[GroupHandle],
-    failure: &Failure,
+    health: Health,
     readiness: &Readiness,
     shutdown: &Shutdown,
 ) {
-    let health = Health {
-        node: config.node.clone(),
-        failure: failure.clone(),
-        deadline: config.tuning.health_deadline.get(),
-        shards: groups.iter().cloned().map(|group| Arc::new(ShardProbe::new(group))).collect(),
-    };
     let router =
         health::probes(readiness.clone(), metrics).merge(crate::http::router(Arc::new(health)));
     let stop = shutdown.token();

@@ -72,14 +72,15 @@ pub struct Tuning {
     #[arg(long, env = "NBD_SPACE_RESERVE", default_value = "256MiB", value_name = "SIZE")]
     pub space_reserve: ByteSize,
 
-    /// Bytes of log kept for replicas that were away, beside what checkpoints need; who was away for
-    /// longer is sent the chunks that changed. Never more than a quarter of the log's bound; 0 keeps
-    /// nothing.
+    /// Bytes of log kept for replicas that were away, beside what checkpoints need; who was away
+    /// for longer is sent the chunks that changed. Never more than a quarter of the log's bound; 0
+    /// keeps nothing.
     #[arg(long, env = "NBD_LOG_RETENTION_BYTES", default_value = "256MiB", value_name = "SIZE")]
     pub log_retention_bytes: ByteSize,
 
-    /// How the leader answers reads: `lease`, from its own store while it holds a lease, or `quorum`,
-    /// after a round to a majority each time, which needs no clocks. The same on all nodes.
+    /// How the leader answers reads: `lease`, from its own store while it holds a lease, or
+    /// `quorum`, after a round to a majority each time, which needs no clocks. The same on all
+    /// nodes.
     #[arg(long, env = "NBD_READ_MODE", default_value = "lease", value_name = "lease|quorum")]
     pub read_mode: ReadModeArg,
 

@@ -48,7 +48,8 @@ fn read(log: &LogReader, places: &[EntryPlace]) -> Vec<Entry> {
             return Vec::new();
         }
         if crc32c(&data) != place.crc {
-            error!(index = %place.index, position = %place.position, "an entry in the log is damaged");
+            let (index, position) = (place.index, place.position);
+            error!(%index, %position, "an entry in the log is damaged");
             return Vec::new();
         }
         entries.push(Entry {

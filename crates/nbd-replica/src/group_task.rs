@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nbd_consensus::{Role, SnapshotOffer, Status};
-use nbd_shard::{Actions, Answer, Event, FetchPlan, Persisted, ShardReplica};
+use nbd_shard::{Actions, Event, FetchPlan, Persisted, ShardReplica};
 use nbd_store::{Outcome, ReplicaInfo, ShardReader, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, NodeName, ReplicaId, ShardId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -28,18 +28,25 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+pub(crate) use nbd_shard::Answer;
+
 use crate::clock;
 use crate::failure::{FailOnPanic, Failure};
 use crate::fetch::LogFetcher;
 use crate::limits::{GROUP_CONTROL_MAX, GROUP_MAILBOX_MAX};
 use crate::log_thread::{AppendJob, LogHandle};
 use crate::metrics::GroupMetrics;
+use crate::peers::{Addresses, peer_addresses};
 use crate::reply::Reply;
 use crate::resync::ResyncHandle;
 use crate::transport::TransportHandle;
 
 /// Requests taken from the mailbox in one turn.
 const TURN_REQUESTS_MAX: usize = 256;
+
+/// Replicas that joined while this one was away and that are answered before it knows them as
+/// members.
+const NEWCOMERS_MAX: usize = 16;
 
 /// Control events taken in one turn.
 const TURN_CONTROL_MAX: usize = 64;
@@ -61,6 +68,7 @@ enum Request {
 enum Control {
     Message(Bytes),
     ConnectionLost(NodeName),
+    Newcomer { peer: ReplicaId, node: NodeName, directory: u128 },
     Unreachable(ReplicaId),
     Checkpointed { applied: LogIndex, term: Term, first_kept: Option<LogIndex> },
     Fetched { first: LogIndex, entries: Vec<nbd_consensus::Entry> },
@@ -180,6 +188,12 @@ impl GroupHandle {
         self.route.clone()
     }
 
+    /// The same group, but with its leader where a test says.
+    #[cfg(test)]
+    pub(crate) fn with_route(&self, route: watch::Receiver<Route>) -> Self {
+        Self { route, ..self.clone() }
+    }
+
     /// Hands a command to the group; waits in turn when the mailbox is full. A replica that does
     /// not lead answers so at once.
     pub(crate) async fn propose(&self, command: Bytes, reply: Reply) -> Result<(), GroupStopped> {
@@ -248,6 +262,12 @@ impl GroupHandle {
         self.try_tell(Control::Message(bytes));
     }
 
+    /// A replica that this one does not know as a member has sent a message: this one may have been
+    /// away while it joined.
+    pub(crate) fn newcomer(&self, peer: ReplicaId, node: &NodeName, directory: u128) {
+        self.try_tell(Control::Newcomer { peer, node: node.clone(), directory });
+    }
+
     /// The connection to this node broke.
     pub(crate) fn connection_lost(&self, node: &NodeName) {
         self.try_tell(Control::ConnectionLost(node.clone()));
@@ -296,12 +316,12 @@ impl GroupHandle {
 
 /// What a group task starts from.
 pub(crate) struct GroupParts {
-    pub(crate) node: NodeName,
     pub(crate) replica_id: ReplicaId,
     pub(crate) replica: ShardReplica<Reply>,
     pub(crate) reader: ShardReader,
     pub(crate) log: LogHandle,
     pub(crate) fetcher: LogFetcher,
+    pub(crate) addresses: Addresses,
     pub(crate) transport: TransportHandle,
     pub(crate) resync: ResyncHandle,
     pub(crate) failure: Failure,
@@ -357,6 +377,8 @@ pub(crate) struct GroupTask {
     persisted: mpsc::Receiver<Persisted>,
     /// Members of the group and where they are, from the shard's replicated state.
     members: Vec<ReplicaInfo>,
+    /// Of those, the ones that this replica's state does not know yet.
+    newcomers: Vec<ReplicaInfo>,
     actions: Actions<Reply>,
     /// What the route was last made from.
     routed: Option<(Term, Option<ReplicaId>, bool)>,
@@ -374,6 +396,7 @@ impl GroupTask {
             persisted_tx,
             persisted,
             members: Vec::new(),
+            newcomers: Vec::new(),
             actions: Actions::default(),
             routed: None,
             metrics: GroupMetrics::new(shard),
@@ -430,6 +453,7 @@ impl GroupTask {
         match control {
             Control::Message(bytes) => self.step(Event::Message(bytes)),
             Control::ConnectionLost(node) => self.on_connection_lost(&node),
+            Control::Newcomer { peer, node, directory } => self.on_newcomer(peer, node, directory),
             Control::Unreachable(peer) => self.step(Event::PeerUnreachable(peer)),
             Control::Checkpointed { applied, term, first_kept } => {
                 self.step(Event::Checkpointed { applied, term, first_kept });
@@ -458,6 +482,27 @@ impl GroupTask {
                 self.step(Event::LeaderLost);
             }
         }
+    }
+
+    /// Makes a replica known that may be a member by now, so that it gets answers: they are how
+    /// this one learns of it. Only at an address of this node's own configuration.
+    fn on_newcomer(&mut self, peer: ReplicaId, node: NodeName, directory: u128) {
+        let known = |member: &ReplicaInfo| member.id == peer;
+        let newest = self.members.iter().map(|member| member.id).max();
+        // Ids rise: one that is not above those known was removed.
+        if self.members.iter().any(known)
+            || newest >= Some(peer)
+            || self.newcomers.len() >= NEWCOMERS_MAX
+        {
+            return;
+        }
+        let Some(addresses) = self.parts.addresses.of(&node) else {
+            warn!(shard = %self.shard, %peer, %node, "a message of a node that is not configured");
+            return;
+        };
+        info!(shard = %self.shard, %peer, %node, "a replica that joined meanwhile");
+        self.newcomers.push(ReplicaInfo { id: peer, node, directory, addresses });
+        self.learn_members();
     }
 
     fn on_requests(&mut self, turn: &mut Vec<Request>) {
@@ -530,9 +575,13 @@ impl GroupTask {
 
     /// Looks up who belongs to the group now, and lets the transport know.
     fn learn_members(&mut self) {
-        self.members = self.parts.reader.replicas();
+        self.members = self.parts.addresses.resolve(self.parts.reader.replicas());
+        let members = &self.members;
+        self.newcomers.retain(|new| members.iter().all(|member| member.id < new.id));
+        self.members.extend(self.newcomers.iter().cloned());
         self.routed = None;
-        self.parts.transport.set_peers(self.shard, self.parts.replica_id, &self.members);
+        let peers = peer_addresses(&self.members);
+        self.parts.transport.set_peers(self.shard, self.parts.replica_id, peers);
         debug!(shard = %self.shard, members = self.members.len(), "members");
     }
 

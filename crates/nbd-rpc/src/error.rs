@@ -33,20 +33,6 @@ pub enum Refusal {
         /// Us.
         expected: NodeName,
     },
-    /// The caller's node is known here by another data directory: its disk was wiped or swapped,
-    /// and it must join anew.
-    #[error(
-        "the data directory of {node} is {found:032x}, and the members known here have {expected}; \
-         after a wiped disk the node joins under a new replica id"
-    )]
-    Directory {
-        /// The caller's node.
-        node: NodeName,
-        /// Its directory id.
-        found: u128,
-        /// The directory ids known of it, as text.
-        expected: String,
-    },
     /// The caller speaks for itself to itself.
     #[error("the caller claims to be this very node, {0}")]
     Oneself(NodeName),
@@ -103,7 +89,6 @@ impl Refusal {
             Self::Protocol { .. }
             | Self::Cluster { .. }
             | Self::Node { .. }
-            | Self::Directory { .. }
             | Self::Oneself(_)
             | Self::Replica { .. } => Code::FailedPrecondition,
             Self::Shard(_) => Code::NotFound,

@@ -42,19 +42,6 @@ pub fn check_node(found: &str, expected: &NodeName) -> Result<(), Refusal> {
     Err(Refusal::Node { found: found.to_owned(), expected: expected.clone() })
 }
 
-/// Checks the directory id of the caller's node against those known of it. A node may be known by
-/// several: while its old replica is being replaced, or in another shard.
-///
-/// # Errors
-/// [`Refusal::Directory`] when some are known and it is none of them.
-pub fn check_directory(node: &NodeName, found: u128, known: &[u128]) -> Result<(), Refusal> {
-    if known.is_empty() || known.contains(&found) {
-        return Ok(());
-    }
-    let known: Vec<String> = known.iter().map(|directory| format!("{directory:032x}")).collect();
-    Err(Refusal::Directory { node: node.clone(), found, expected: known.join(" or ") })
-}
-
 /// Checks that the caller means this node's replica of the shard.
 ///
 /// # Errors
@@ -116,16 +103,6 @@ mod tests {
         let mine = ReplicaId::new(3).unwrap();
         assert_eq!(check_replica(ShardId(0), 3, mine), Ok(()));
         assert!(matches!(check_replica(ShardId(0), 1, mine), Err(Refusal::Replica { .. })));
-    }
-
-    #[test]
-    fn a_node_is_known_by_any_of_its_directories() {
-        let node: NodeName = "n1".parse().unwrap();
-        assert_eq!(check_directory(&node, 7, &[]), Ok(()));
-        assert_eq!(check_directory(&node, 7, &[5, 7]), Ok(()));
-        let refusal = check_directory(&node, 7, &[5]).unwrap_err().to_string();
-        assert!(refusal.contains(&format!("{:032x}", 5)), "{refusal}");
-        assert!(refusal.contains(&format!("{:032x}", 7)), "{refusal}");
     }
 
     #[test]

@@ -6,9 +6,9 @@
 //!
 //! - [`v1`]: the generated code.
 //! - [`connect`]: [`channel`], [`server`] and [`incoming`], with one set of HTTP/2 settings.
-//! - [`identity`]: protocol version, cluster, node, directory and replica, checked alike everywhere.
-//! - [`error`]: [`Refusal`], what a service tells a caller that it turns away, and [`reason`], why a
-//!   call failed.
+//! - [`identity`]: protocol version, cluster, node, directory and replica, checked alike.
+//! - [`error`]: [`Refusal`], what a service tells a caller that it turns away, and [`reason`], why
+//!   a call failed.
 //! - [`limits`]: sizes and times.
 
 pub mod connect;

@@ -244,10 +244,16 @@ impl<T> ClientSession<T> {
         now
     }
 
-    /// The command of a pending mutation, as the current attachment sends it.
+    /// The token of a pending mutation.
     #[must_use]
-    pub fn command(&self, seq: u64) -> Option<&Bytes> {
-        self.mutations.get(&seq).map(|mutation| &mutation.command)
+    pub fn token(&self, seq: u64) -> Option<&T> {
+        self.mutations.get(&seq).map(|mutation| &mutation.token)
+    }
+
+    /// A query that is pending.
+    #[must_use]
+    pub fn pending_query(&self, id: QueryId) -> Option<Query> {
+        self.queries.get(&id).map(|(query, _)| *query)
     }
 
     /// The attachment with `epoch` has answered a mutation.

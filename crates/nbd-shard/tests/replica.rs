@@ -122,8 +122,8 @@ fn volume(cluster: &mut Cluster) -> VolumeId {
     info.id
 }
 
-// Goal: a follower that was away is fed from the leader's log, also past a checkpoint of the leader,
-// as long as the log is kept.
+// Goal: a follower that was away is fed from the leader's log, also past a checkpoint of the
+// leader, as long as the log is kept.
 #[test]
 fn a_follower_is_fed_from_the_log_that_is_kept() {
     let mut cluster = Cluster::led(3, 8 << 20);
@@ -158,8 +158,8 @@ fn log_that_is_too_old_is_let_go() {
     assert!(status.compacted < status.applied, "the newest entries are kept");
 }
 
-// Goal: a follower that the log can no longer feed takes over the leader's chunks and goes on behind
-// them, while writes go on.
+// Goal: a follower that the log can no longer feed takes over the leader's chunks and goes on
+// behind them, while writes go on.
 #[test]
 fn a_follower_beyond_the_log_switches_to_a_snapshot() {
     let mut cluster = Cluster::led(3, 4 << 10);

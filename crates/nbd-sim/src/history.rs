@@ -8,8 +8,8 @@ pub const SECTOR_BYTES: u64 = 512;
 /// Sectors of a block.
 const BLOCK_SECTORS: u64 = 8;
 
-/// The sectors that a trim of `range` turns into zeroes: those of whole blocks. The others keep what
-/// they have. (Volumes end with a block.)
+/// The sectors that a trim of `range` turns into zeroes: those of whole blocks. The others keep
+/// what they have. (Volumes end with a block.)
 #[must_use]
 pub const fn trimmed(range: &Range<u64>) -> Range<u64> {
     let start = range.start.next_multiple_of(BLOCK_SECTORS);

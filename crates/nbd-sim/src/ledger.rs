@@ -110,9 +110,10 @@ impl Mirror {
         for (&index, &term) in self.durable.range(compacted.0 + 1..) {
             let at = usize::try_from(index - compacted.0 - 1).unwrap_or(usize::MAX);
             // What was being written over it may be there instead.
-            let replaced = self.under_way.iter().any(|(_, _, places)| {
-                places.first().is_some_and(|(first, _)| *first <= index)
-            });
+            let replaced = self
+                .under_way
+                .iter()
+                .any(|(_, _, places)| places.first().is_some_and(|(first, _)| *first <= index));
             if !replaced && (index > last || found.terms.get(at) != Some(&term)) {
                 return Err(Breach::EntryLost { index: LogIndex(index), term });
             }

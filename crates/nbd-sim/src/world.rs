@@ -206,8 +206,7 @@ impl World {
     pub fn new(seed: u64, profile: Profile, plant: Plant, with_text: bool) -> Self {
         let streams = Streams::new(seed);
         let hosts = profile.nodes + profile.balancers;
-        let network =
-            Network::new(hosts, profile.network.clone(), streams.of(Purpose::Network));
+        let network = Network::new(hosts, profile.network.clone(), streams.of(Purpose::Network));
         let mut world = Self {
             plant,
             schedule: Schedule::default(),

@@ -28,12 +28,13 @@
 //! | 6 CreateVolume | 0 | 0 | length = size | u16 name bytes, u16 description bytes, name, description |
 //! | 7 AddCounter | 0 | 0 | length = i64 to add | |
 //! | 8 EndSessions | 0 | 0 | owner: node, incarnation | |
-//! | 9 RegisterReplica | 0 | 0 | 0 | u128 directory, then texts as in [`crate::members`] |
+//! | 9 RegisterReplica | 0 | 0 | length = id | u128 directory, then texts as in [`crate::members`] |
 
 use std::ops::Range;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use nbd_log::checksum::crc32c;
+use nbd_topology::ReplicaId;
 
 use crate::ids::{Epoch, Owner, SessionId, VolumeId};
 use crate::limits::{
@@ -106,8 +107,8 @@ pub struct CommandHeader {
     pub volume: VolumeId,
     /// First byte of the range; the owner's node for `OpenSession` and `EndSessions`.
     pub offset: u64,
-    /// Bytes in the range; the size for `CreateVolume`; the addend for `AddCounter`; the owner's
-    /// incarnation for `OpenSession` and `EndSessions`.
+    /// Bytes in the range; the size for `CreateVolume`; the addend for `AddCounter`; the id for
+    /// `RegisterReplica`; the owner's incarnation for `OpenSession` and `EndSessions`.
     pub length: u64,
 }
 
@@ -191,6 +192,28 @@ impl Iterator for CommandIter<'_> {
         };
         Some(decoded)
     }
+}
+
+/// Whether an entry's data is well-formed, and every payload in it has the checksums that it came
+/// with from its session. Reads all of it, at memory speed.
+#[must_use]
+pub fn is_sound(data: &[u8]) -> bool {
+    decode_all(data).all(|command| command.is_ok_and(|command| has_its_checksums(data, &command)))
+}
+
+fn has_its_checksums(data: &[u8], command: &DecodedCommand) -> bool {
+    if command.header.kind != CommandKind::Write {
+        return true;
+    }
+    let checksums = data[command.checksums.clone()].as_chunks::<4>().0;
+    let mut rest = &data[command.payload.clone()];
+    let mut piece = to_usize(BLOCK_BYTES - command.header.offset % BLOCK_BYTES);
+    checksums.iter().all(|checksum| {
+        let (fragment, after) = rest.split_at(piece.min(rest.len()));
+        rest = after;
+        piece = to_usize(BLOCK_BYTES);
+        crc32c(fragment) == u32::from_le_bytes(*checksum)
+    })
 }
 
 fn u32_at(data: &[u8], at: usize) -> u32 {
@@ -514,15 +537,22 @@ pub fn encode_end_sessions(owner: Owner) -> Bytes {
     encode_header_only(&header)
 }
 
-/// Makes a replica known.
+/// Makes a replica known under this id, or under the one that its directory has. The id is to be
+/// the next one, as in [`crate::Formation::next_replica`]; it is refused if it was given meanwhile.
+///
+/// The command carries the id so that applying it gives no other one: a replica that joined late
+/// applies old registrations to a state that knows of later ones.
 ///
 /// # Errors
 /// [`CommandError::BadName`] when an address is too long.
-pub fn encode_register_replica(new: &ReplicaRegistration) -> Result<Bytes, CommandError> {
+pub fn encode_register_replica(
+    new: &ReplicaRegistration,
+    id: ReplicaId,
+) -> Result<Bytes, CommandError> {
     if !new.addresses.is_bounded() {
         return Err(CommandError::BadName);
     }
-    let header = metadata_header(CommandKind::RegisterReplica, 0);
+    let header = metadata_header(CommandKind::RegisterReplica, id.get());
     let body = encode_registration(new);
     let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
     put_header(&mut out, &header, 0, COMMAND_HEADER_BYTES + body.len());

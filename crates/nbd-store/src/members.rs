@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use nbd_topology::{Membership, MembershipChange, NodeName, ReplicaId};
 
 use crate::limits::{ADDRESS_BYTES_MAX, REPLICAS_KNOWN_MAX};
+use crate::outcome::Rejection;
 
 /// Where a replica's node is reached, as `host:port` each; empty where it is not.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -142,26 +143,32 @@ impl Members {
         }
     }
 
-    /// Gives a replica an id, or finds the one that its directory has; the addresses are those
-    /// given in any case. `None` when there are too many members to know one more.
-    pub(crate) fn register(&mut self, new: ReplicaRegistration) -> Option<ReplicaInfo> {
+    /// Makes a replica known by `id`, or finds the id that its directory has; the addresses are
+    /// those given in any case. An id below the next one was given before: nothing changes then.
+    pub(crate) fn register(
+        &mut self,
+        id: ReplicaId,
+        new: ReplicaRegistration,
+    ) -> Result<ReplicaInfo, Rejection> {
         let ReplicaRegistration { node, directory, addresses } = new;
         let known = self.replicas.values_mut().find(|info| info.directory == directory);
         if let Some(info) = known {
             (info.node, info.addresses) = (node, addresses);
-            return Some(info.clone());
+            return Ok(info.clone());
         }
+        if id.get() < self.next_replica {
+            return Err(Rejection::BadCommand);
+        }
+        let next_replica = id.get().checked_add(1).ok_or(Rejection::BadCommand)?;
         if self.replicas.len() >= REPLICAS_KNOWN_MAX {
             // One that registered and never became a member, as after a disk that kept being wiped.
             let stranger = self.replicas.keys().copied().find(|id| !self.membership.contains(*id));
-            self.replicas.remove(&stranger?);
+            self.replicas.remove(&stranger.ok_or(Rejection::LimitReached)?);
         }
-        let id = ReplicaId::new(self.next_replica)?;
-        let next_replica = self.next_replica.checked_add(1)?;
         let info = ReplicaInfo { id, node, directory, addresses };
         self.replicas.insert(id, info.clone());
         self.next_replica = next_replica;
-        Some(info)
+        Ok(info)
     }
 
     /// The stored form.

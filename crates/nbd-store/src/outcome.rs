@@ -74,7 +74,8 @@ pub enum Rejection {
     #[error("too many volumes, sessions or replicas")]
     LimitReached = 5,
     /// Not a command of this version, a size or name out of bounds, a mutation of another volume
-    /// than the session's, or a sequence number behind the session's window.
+    /// than the session's, a sequence number behind the session's window, or a replica id that was
+    /// given before.
     #[error("malformed command")]
     BadCommand = 6,
 }

@@ -90,12 +90,14 @@ fn members_come_and_go_and_are_found_again() {
     let disk = MemoryDisk::new(1);
     let mut node = Node::open(&disk).unwrap();
     node.checkpointer.form(SHARD, &formation(2)).unwrap();
-    let register = |directory| encode_register_replica(&registration("node-3", directory)).unwrap();
-    let registered =
-        |node: &mut Node, directory: u128| match &node.propose(register(directory)).unwrap()[..] {
+    let registered = |node: &mut Node, directory: u128| {
+        let next = id(node.reader.formation().unwrap().next_replica);
+        let command = encode_register_replica(&registration("node-3", directory), next).unwrap();
+        match &node.propose(command).unwrap()[..] {
             [Outcome::ReplicaRegistered(info)] => info.clone(),
             other => panic!("{other:?}"),
-        };
+        }
+    };
     let fourth = registered(&mut node, 33);
     assert_eq!((fourth.id, fourth.directory), (id(4), 33));
     assert_eq!(registered(&mut node, 33), fourth, "asked again");

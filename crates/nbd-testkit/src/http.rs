@@ -31,9 +31,21 @@ impl Response {
 /// # Errors
 /// No connection, no answer within 30 s, or one that is not HTTP.
 pub fn get(address: impl ToSocketAddrs, path: &str) -> io::Result<Response> {
+    get_within(TIMEOUT, address, path)
+}
+
+/// As [`get`], for a server that may stand still: it has `timeout` for each piece of its answer.
+///
+/// # Errors
+/// As [`get`].
+pub fn get_within(
+    timeout: Duration,
+    address: impl ToSocketAddrs,
+    path: &str,
+) -> io::Result<Response> {
     let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
     // Version 1.0 knows no chunks: the body ends where the connection does.
     stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: test\r\n\r\n").as_bytes())?;
     let mut answer = String::new();

@@ -5,7 +5,11 @@
 //! ships.
 //!
 //! - [`Cluster`], [`NodeProcess`]: `nbd-replica` processes on free loopback ports, each with a data
-//!   directory of its own: kill, terminate, pause, restart; gone with the test.
+//!   directory of its own: kill, terminate, pause, wipe, restart; gone with the test.
+//! - [`Network`]: proxies between the nodes, which cut, hold or delay what passes, one-way too.
+//! - [`load`]: requests over many connections to many nodes, each answer held against what may
+//!   legally be there; [`history`]: whether registers were linearizable.
+//! - [`chaos`]: a cluster under load, with faults by a schedule from a seed.
 //! - [`NbdClient`]: an NBD client over `nbd-proto`'s client side, with pipelining and access to the
 //!   bytes for tests that misbehave.
 //! - [`http`]: GET, for probes and metrics.
@@ -13,7 +17,10 @@
 //! - [`Ext4Image`]: an ext4 image with known files, and a check of one.
 //! - [`process`]: memory use and signals, by process id.
 
+pub mod chaos;
+pub mod history;
 pub mod http;
+pub mod load;
 pub mod process;
 pub mod tools;
 
@@ -21,6 +28,8 @@ mod binary;
 mod client;
 mod cluster;
 mod ext4;
+mod health;
+mod network;
 mod node;
 
 pub use self::binary::binary;
@@ -29,4 +38,6 @@ pub use self::client::{
 };
 pub use self::cluster::{Cluster, ClusterBuilder};
 pub use self::ext4::Ext4Image;
-pub use self::node::NodeProcess;
+pub use self::health::{Health, ShardDigest, ShardHealth};
+pub use self::network::{Fault, Network};
+pub use self::node::{NodeProcess, Target};

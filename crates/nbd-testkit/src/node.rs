@@ -5,19 +5,25 @@ use std::fs::{self, File, OpenOptions};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{LazyLock, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rand::Rng as _;
 
 use crate::client::{ClientError, NbdClient};
+use crate::health::{Health, ShardDigest};
 use crate::http::{self, Response};
 use crate::process::{self, Signal};
 
 /// Time a node has to become ready, and to end after SIGTERM. Far above what either takes, also on
 /// a loaded machine; a node that stands still is seen by this only.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Time a node has to answer a look at its state; it may stand still on purpose. Above the deadline
+/// that `/health` has by default.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Lines of a node's standard error that go into a panic's message.
 const TAIL_LINES: usize = 60;
@@ -34,6 +40,35 @@ pub struct NodeProcess {
     data_directory: PathBuf,
     stderr: PathBuf,
     child: Option<Child>,
+    /// Whether the last of SIGSTOP and SIGCONT was the former.
+    paused: bool,
+    endings: Arc<AtomicU64>,
+}
+
+/// Where a load finds a node, and how it tells a connection lost for a reason from one that was
+/// not to be lost.
+#[derive(Debug, Clone)]
+pub struct Target {
+    name: String,
+    port: u16,
+    endings: Arc<AtomicU64>,
+}
+
+impl Target {
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where its NBD clients connect.
+    pub fn address(&self) -> (&'static str, u16) {
+        ("127.0.0.1", self.port)
+    }
+
+    /// How often the process was ended on purpose so far; counted before it is.
+    pub fn endings(&self) -> u64 {
+        self.endings.load(Ordering::SeqCst)
+    }
 }
 
 /// The ports of one node, on 127.0.0.1; the same for all its runs.
@@ -71,8 +106,18 @@ impl NodeProcess {
         ];
         own.extend(arguments);
         let stderr = directory.join("stderr");
-        let arguments = own;
-        Self { name, ports, program, arguments, environment, data_directory, stderr, child: None }
+        Self {
+            name,
+            ports,
+            program,
+            arguments: own,
+            environment,
+            data_directory,
+            stderr,
+            child: None,
+            paused: false,
+            endings: Arc::default(),
+        }
     }
 
     /// Starts the process and waits until `/readyz` says that it can serve.
@@ -97,6 +142,7 @@ impl NodeProcess {
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null());
         command.stdout(log.try_clone().expect("duplicate a descriptor")).stderr(log);
+        self.paused = false;
         let child = command.spawn();
         self.child =
             Some(child.unwrap_or_else(|e| panic!("start {}: {e}", self.program.display())));
@@ -108,7 +154,7 @@ impl NodeProcess {
     /// If it ends, or is not ready in time.
     pub fn wait_ready(&mut self) {
         let started = Instant::now();
-        while !http::get(self.http_address(), "/readyz").is_ok_and(|answer| answer.status == 200) {
+        while !self.is_ready() {
             if let Some(status) = self.try_wait() {
                 self.child = None;
                 self.fail(&format!("ended before it was ready: {status}"));
@@ -120,11 +166,17 @@ impl NodeProcess {
         }
     }
 
+    /// Whether `/readyz` says that the node can serve.
+    pub fn is_ready(&self) -> bool {
+        self.look("/readyz").is_some_and(|answer| answer.status == 200)
+    }
+
     /// Ends the process with SIGKILL, as a crash would.
     ///
     /// # Panics
     /// If it does not run.
     pub fn kill_9(&mut self) {
+        self.endings.fetch_add(1, Ordering::SeqCst);
         let mut child = self.take_child();
         child.kill().and_then(|()| child.wait()).expect("kill a child");
     }
@@ -134,6 +186,7 @@ impl NodeProcess {
     /// # Panics
     /// If it does not run, or does not end in time.
     pub fn terminate(&mut self) -> ExitStatus {
+        self.endings.fetch_add(1, Ordering::SeqCst);
         self.signal(Signal::TERM);
         self.wait_exit()
     }
@@ -170,6 +223,38 @@ impl NodeProcess {
         self.start();
     }
 
+    /// Stops the process where it is, with SIGSTOP, until [`resume`](Self::resume).
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn pause(&mut self) {
+        self.signal(Signal::STOP);
+        self.paused = true;
+    }
+
+    /// Lets a paused process go on.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn resume(&mut self) {
+        self.signal(Signal::CONT);
+        self.paused = false;
+    }
+
+    /// Whether the process is paused.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Removes all data of a node that does not run, as if it got an empty disk.
+    ///
+    /// # Panics
+    /// If it runs, or the data cannot be removed.
+    pub fn wipe(&mut self) {
+        assert!(self.child.is_none(), "{} runs", self.name);
+        fs::remove_dir_all(&self.data_directory).expect("remove a data directory");
+    }
+
     /// Sends the process a signal (SIGSTOP, SIGCONT, ...).
     ///
     /// # Panics
@@ -188,6 +273,11 @@ impl NodeProcess {
     /// Whether the process runs.
     pub fn is_running(&mut self) -> bool {
         self.child.is_some() && self.try_wait().is_none()
+    }
+
+    /// How the process ended, if it did so without having been ended by the test.
+    pub fn ended_by_itself(&mut self) -> Option<ExitStatus> {
+        self.child.as_mut()?.try_wait().expect("wait for a child")
     }
 
     /// The id of the process.
@@ -243,6 +333,41 @@ impl NodeProcess {
         answer.unwrap_or_else(|error| self.fail(&format!("does not answer GET {path}: {error}")))
     }
 
+    /// How a load finds this node.
+    pub fn target(&self) -> Target {
+        let endings = Arc::clone(&self.endings);
+        Target { name: self.name.clone(), port: self.ports.nbd, endings }
+    }
+
+    /// What the node says of itself. `None` if it does not answer. Moves the replicated counter.
+    pub fn health(&self) -> Option<Health> {
+        let answer = self.look("/health")?;
+        Health::parse(answer.status, &serde_json::from_str(&answer.body).ok()?)
+    }
+
+    /// What the node's own store holds. `None` if it cannot say now.
+    pub fn digests(&self) -> Option<Vec<ShardDigest>> {
+        let answer = http::get(self.http_address(), "/debug/digest").ok()?;
+        let body = serde_json::from_str(&answer.body).ok()?;
+        ShardDigest::parse_all(&body).filter(|_| answer.status == 200)
+    }
+
+    /// The value of one series of `/metrics`, written as Prometheus writes it: `name` or
+    /// `name{label="value"}`. `None` if there is none, or the node does not answer.
+    pub fn metric(&self, series: &str) -> Option<f64> {
+        let page = self.look("/metrics")?;
+        let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.trim().parse().ok();
+        page.body.lines().find_map(value)
+    }
+
+    /// Gets a page from a node that may be down or stand still.
+    fn look(&self, path: &str) -> Option<Response> {
+        if self.child.is_none() || self.paused {
+            return None;
+        }
+        http::get_within(LOOK_TIMEOUT, self.http_address(), path).ok()
+    }
+
     /// Where the node keeps its data.
     pub fn data_directory(&self) -> &Path {
         &self.data_directory
@@ -252,6 +377,11 @@ impl NodeProcess {
     pub fn stderr(&self) -> String {
         let bytes = fs::read(&self.stderr).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The end of what the process has written to standard error.
+    pub fn tail(&self) -> String {
+        tail(&self.stderr())
     }
 
     fn try_wait(&mut self) -> Option<ExitStatus> {
@@ -266,7 +396,7 @@ impl NodeProcess {
 
     /// Panics with `what` and the end of the process's standard error.
     fn fail(&self, what: &str) -> ! {
-        panic!("node {} {what}; it wrote:\n{}", self.name, tail(&self.stderr()))
+        panic!("node {} {what}; it wrote:\n{}", self.name, self.tail())
     }
 }
 
@@ -278,7 +408,7 @@ impl Drop for NodeProcess {
             let _ = child.wait();
         }
         if thread::panicking() {
-            eprintln!("node {} wrote:\n{}", self.name, tail(&self.stderr()));
+            eprintln!("node {} wrote:\n{}", self.name, self.tail());
         }
     }
 }
@@ -296,7 +426,7 @@ pub(crate) fn free_ports() -> Ports {
     Ports { nbd: free_port(), grpc: free_port(), http: free_port() }
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     static GIVEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);
     let mut given = GIVEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let mut random = rand::rng();

@@ -1,6 +1,7 @@
 //! Other processes, by id.
 
 use std::fs;
+use std::time::Duration;
 
 use rustix::process::{Pid, kill_process};
 
@@ -32,6 +33,28 @@ pub fn rss_peak_bytes(pid: u32) -> u64 {
     status_kib(pid, "VmHWM") * 1024
 }
 
+/// CPU time that the process `pid` has used so far, in user and kernel mode.
+///
+/// # Panics
+/// If there is no such process.
+pub fn cpu_time(pid: u32) -> Duration {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).unwrap_or_else(|e| panic!("read {path}: {e}"));
+    let ticks = parse_cpu_ticks(&stat).unwrap_or_else(|| panic!("{path} is {stat:?}"));
+    Duration::from_millis(ticks * MILLIS_PER_TICK)
+}
+
+/// The kernel counts CPU time for user space in hundredths of a second, on all architectures.
+const MILLIS_PER_TICK: u64 = 10;
+
+/// The sum of the fields utime and stime, the 14th and 15th. The second is the program's name in
+/// parentheses, which may hold anything.
+fn parse_cpu_ticks(stat: &str) -> Option<u64> {
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let field = |place: usize| fields.get(place)?.parse::<u64>().ok();
+    Some(field(11)? + field(12)?)
+}
+
 fn status_kib(pid: u32, key: &str) -> u64 {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).unwrap_or_else(|e| panic!("read {path}: {e}"));
@@ -55,5 +78,16 @@ mod tests {
         assert!(rss_peak_bytes(pid) >= rss_bytes(pid) / 2);
         assert_eq!(parse_kib("VmHWM:\t  12 kB\nVmRSS:\t  7 kB\n", "VmRSS"), Some(7));
         assert_eq!(parse_kib("VmRSSx: 7 kB", "VmRSS"), None);
+    }
+
+    #[test]
+    fn own_cpu_time_grows() {
+        let stat = "12 (a) b) S 1 2 3 4 5 6 7 8 9 10 30 12 13 14 15";
+        assert_eq!(parse_cpu_ticks(stat), Some(42));
+        let pid = std::process::id();
+        let before = cpu_time(pid);
+        while cpu_time(pid) == before {
+            std::hint::spin_loop();
+        }
     }
 }

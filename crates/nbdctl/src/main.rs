@@ -1,5 +1,6 @@
 //! `nbdctl`: the user's command.
 
+mod replica;
 mod up;
 
 use std::process::ExitCode;
@@ -19,11 +20,14 @@ struct Args {
 enum Command {
     /// Start a whole cluster in this process and say how to attach a volume.
     Up(Box<up::Args>),
+    /// Show and change which nodes hold a shard.
+    Replica(Box<replica::Args>),
 }
 
 fn main() -> ExitCode {
     match parse_args::<Args>() {
         Ok(Args { command: Command::Up(args) }) => report(up::run(*args)),
+        Ok(Args { command: Command::Replica(args) }) => report(replica::run(*args)),
         Err(code) => code,
     }
 }

@@ -25,6 +25,7 @@ impl Group {
             leader: self.is_leader(),
             last: raft.raft_log.last_index(),
             entry_bytes_max: self.config.entry_bytes_max,
+            is_sound: self.config.is_sound,
         };
         guard.check(&message, |id| raft.prs().get(id).is_some())?;
         if let Some(why) = self.must_ignore(&message) {

@@ -8,7 +8,7 @@ use bytes::BytesMut;
 use nbd_proto::{
     ExportInfo, ExportName, ExportRefusal, HandshakeEvent, Negotiated, Purpose, ServerHandshake,
 };
-use nbd_store::{Epoch, Outcome, SessionId, VolumeInfo, command};
+use nbd_store::{Outcome, VolumeInfo, command};
 use nbd_topology::{DEFAULT_VOLUME_NAME, shard_of};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -16,15 +16,13 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use super::Node;
 use super::session::{self, Attached};
-use crate::group_task::{GroupHandle, GroupStopped, Reply};
+use crate::group_task::GroupStopped;
 use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES};
+use crate::shard_client::{SessionClient, SessionEnd, ShardClient};
 
 /// Longest name that an attach may create a volume under. The protocol advises clients to stay
 /// within it; existing volumes are served under any name they have.
 const CREATED_NAME_BYTES_MAX: usize = 256;
-
-/// Epoch of a session that was never resumed.
-pub(super) const FIRST_EPOCH: Epoch = Epoch(1);
 
 /// Serves one connection from its first byte to its last.
 pub(super) async fn serve(mut stream: TcpStream, node: &Arc<Node>) {
@@ -46,27 +44,14 @@ pub(super) async fn serve(mut stream: TcpStream, node: &Arc<Node>) {
             None
         }
     };
-    let Some(opened) = opened else { return };
-    let group = opened.group.clone();
-    let id = opened.session;
+    let Some(mut client) = opened else { return };
     if let Some(negotiated) = negotiated {
         let export = negotiated.export.name.to_string();
-        let attached = Attached { stream, input, negotiated, opened, node: Arc::clone(node) };
+        let attached = Attached { stream, input, negotiated, client, node: Arc::clone(node) };
         let span = info_span!("session", %export);
-        session::run(attached).instrument(span).await;
+        client = session::run(attached).instrument(span).await;
     }
-    // Behind all that the session proposed, so the log ends it only after its last mutation.
-    if group.propose(command::encode_close_session(id, FIRST_EPOCH), Reply::Nobody).await.is_err() {
-        debug!("the group stopped before the session was closed");
-    }
-}
-
-/// A session that is open in the shard's log.
-#[derive(Debug)]
-pub(super) struct Opened {
-    pub(super) session: SessionId,
-    pub(super) volume: VolumeInfo,
-    pub(super) group: GroupHandle,
+    client.close().await;
 }
 
 /// Why a handshake ended without a session.
@@ -84,7 +69,7 @@ async fn negotiate(
     stream: &mut TcpStream,
     input: &mut BytesMut,
     node: &Node,
-    opened: &mut Option<Opened>,
+    opened: &mut Option<SessionClient>,
 ) -> Result<Option<Negotiated>, AttachError> {
     let mut handshake = ServerHandshake::new();
     send(stream, handshake.take_output()).await?;
@@ -110,7 +95,7 @@ async fn negotiate(
                 return Ok(None);
             }
             Some(HandshakeEvent::List) => {
-                handshake.answer_list(list(node).into_iter());
+                handshake.answer_list(list(node).await.into_iter());
                 // Sent before the next one is made, so that answers never pile up.
                 send(stream, handshake.take_output()).await?;
             }
@@ -137,23 +122,21 @@ fn volume_name(name: &ExportName) -> &str {
     if name.as_str().is_empty() { DEFAULT_VOLUME_NAME } else { name.as_str() }
 }
 
-fn group_of<'node>(node: &'node Node, name: &str) -> Option<&'node GroupHandle> {
-    node.groups.get(&shard_of(name.as_bytes(), node.shard_count))
+fn shard_client<'node>(node: &'node Node, name: &str) -> Option<&'node ShardClient> {
+    node.shards.get(&shard_of(name.as_bytes(), node.shard_count))
 }
 
 /// The exports of all shards of this node.
-fn list(node: &Node) -> Vec<(ExportName, String)> {
-    let mut exports: Vec<_> = node
-        .groups
-        .values()
-        .flat_map(|group| group.reader().volumes())
-        .filter_map(|volume| {
-            Some((
-                ExportName::from_bytes(volume.name.as_bytes()).ok()?,
-                volume.description.to_string(),
-            ))
-        })
-        .collect();
+async fn list(node: &Node) -> Vec<(ExportName, String)> {
+    let mut exports = Vec::new();
+    for shard in node.shards.values() {
+        // A shard whose group has stopped has nothing to offer.
+        for volume in shard.volumes().await.unwrap_or_default() {
+            if let Ok(name) = ExportName::from_bytes(volume.name.as_bytes()) {
+                exports.push((name, volume.description.to_string()));
+            }
+        }
+    }
     exports.sort_by(|(a, _), (b, _)| a.as_str().cmp(b.as_str()));
     exports
 }
@@ -168,9 +151,9 @@ fn export_info(volume: &VolumeInfo) -> Result<ExportInfo, ExportRefusal> {
 /// What an attach would find, without creating anything.
 async fn describe(node: &Node, name: &ExportName) -> Result<ExportInfo, ExportRefusal> {
     let name = volume_name(name);
-    let group = group_of(node, name).ok_or(ExportRefusal::Unknown)?;
-    group.serving().await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
-    if let Some(volume) = group.reader().volume_by_name(name) {
+    let shard = shard_client(node, name).ok_or(ExportRefusal::Unknown)?;
+    let found = shard.describe(name).await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
+    if let Some(volume) = found {
         return export_info(&volume);
     }
     if !may_create(node, name) {
@@ -186,25 +169,27 @@ async fn describe(node: &Node, name: &ExportName) -> Result<ExportInfo, ExportRe
 async fn attach(
     node: &Node,
     name: &ExportName,
-    opened: &mut Option<Opened>,
+    opened: &mut Option<SessionClient>,
 ) -> Result<ExportInfo, ExportRefusal> {
     let name = volume_name(name);
-    let group = group_of(node, name).ok_or(ExportRefusal::Unknown)?;
-    group.serving().await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
-    let volume = match group.reader().volume_by_name(name) {
+    let shard = shard_client(node, name).ok_or(ExportRefusal::Unknown)?;
+    let volume = match shard.describe(name).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
         Some(volume) => volume,
-        None if may_create(node, name) => create(node, group, name).await?,
+        None if may_create(node, name) => create(node, shard, name).await?,
         None => return Err(ExportRefusal::Unknown),
     };
-    let session = SessionId(rand::random());
-    let command = command::encode_open_session(session, FIRST_EPOCH, volume.id);
     let info = export_info(&volume)?;
-    *opened = Some(Opened { session, volume, group: group.clone() });
-    match group.run(command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
-        Outcome::SessionOpened => Ok(info),
-        other => {
+    // One that another attempt of this connection has left open.
+    if let Some(before) = opened.take() {
+        before.close().await;
+    }
+    let client = opened.insert(SessionClient::new(shard.clone(), volume.id));
+    match client.open().await {
+        Ok(()) => Ok(info),
+        Err(SessionEnd::Stopped(GroupStopped)) => Err(ExportRefusal::Shutdown),
+        Err(SessionEnd::Ended(rejection)) => {
             *opened = None;
-            warn!(outcome = ?other, "cannot open a session");
+            warn!(%rejection, "cannot open a session");
             Err(ExportRefusal::Policy)
         }
     }
@@ -216,10 +201,10 @@ fn may_create(node: &Node, name: &str) -> bool {
         && !name.chars().any(char::is_control)
 }
 
-async fn create(node: &Node, group: &GroupHandle, name: &str) -> Result<VolumeInfo, ExportRefusal> {
+async fn create(node: &Node, shard: &ShardClient, name: &str) -> Result<VolumeInfo, ExportRefusal> {
     let command = command::encode_create_volume(name, node.volumes.default_size, "")
         .map_err(|_| ExportRefusal::Unknown)?;
-    match group.run(command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
+    match shard.run(&command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
         Outcome::VolumeCreated(volume) => {
             info!(volume = %volume.name, size = volume.size, "created a volume");
             Ok(volume)

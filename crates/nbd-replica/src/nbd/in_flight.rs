@@ -105,19 +105,6 @@ impl InFlight {
         }
         pending
     }
-
-    /// Takes the byte permit of a request, to be held by its mutations instead.
-    pub(crate) fn take_permit(&mut self, token: usize) -> Option<BytePermit> {
-        self.slots[token].as_mut()?.permit.take()
-    }
-
-    /// Counts all remaining parts of a request as finished with `error`.
-    pub(crate) fn refuse(&mut self, token: usize, error: NbdError) -> Option<Pending> {
-        if let Some(pending) = &mut self.slots[token] {
-            pending.parts = 1;
-        }
-        self.finish_part(token, Some(error))
-    }
 }
 
 #[cfg(test)]

@@ -2,15 +2,16 @@
 //! they complete.
 //!
 //! One task does it all, so that a request costs no hand-off between tasks beyond the one to the
-//! group:
+//! group, if its leader is here. What is pending is kept by the [`SessionClient`], which goes after
+//! the leader when that moves:
 //!
 //! ```text
 //!            ┌──────────────────── session task ───────────────────┐
-//!  socket ──▶│ input ─▶ decode ─▶ payload ─▶ propose ──────────────│──▶ group task
+//!  socket ──▶│ input ─▶ decode ─▶ payload ─▶ SessionClient ────────│──▶ group task, or leader
 //!            │            │                                        │       │
 //!            │            └─▶ read (page cache) ─▶ output ─────────│──▶ socket
 //!            │                     │ else           ▲              │       │
-//!            │                     ▼                └─ completions ◀───────┘
+//!            │                     ▼                └─ events ◀────────────┘
 //!            └──────────── blocking pool ─────────────────▲────────┘
 //!                              └──────────────────────────┘
 //! ```
@@ -39,28 +40,23 @@ use nbd_proto::{
     RequestDecoder, TransmissionError,
 };
 use nbd_store::limits::{BLOCK_BYTES, MUTATION_BYTES_MAX};
-use nbd_store::{AdmissionKind, Outcome, Rejection};
+use nbd_store::{CommandKind as LogKind, Outcome, Rejection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest, Ready};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, error, info};
 
 use self::write::{DIRECT_READ_BYTES_MIN, PayloadStage};
-use super::attach::Opened;
+use super::Node;
 use super::in_flight::{InFlight, Pending};
 use super::output::Output;
-use super::{Completion, Node};
 use crate::budget::BytePermit;
 use crate::group_task::GroupStopped;
 use crate::limits::{
-    INPUT_READ_BYTES, LINGER, MUTATIONS_IN_FLIGHT_MAX, OUTPUT_BYTES_MAX, OUTPUT_PROGRESS_BYTES,
-    OUTPUT_STALL_MAX, PAYLOAD_STALL_MAX, REQUESTS_IN_FLIGHT_MAX, SHORT_RATE_MIN, SHORT_STALL_MAX,
-    STALL_POLL,
+    INPUT_READ_BYTES, LINGER, OUTPUT_BYTES_MAX, OUTPUT_PROGRESS_BYTES, OUTPUT_STALL_MAX,
+    PAYLOAD_STALL_MAX, SHORT_RATE_MIN, SHORT_STALL_MAX, STALL_POLL,
 };
-
-/// Completions that can be waiting: one for each mutation and each other request under way.
-const COMPLETIONS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX;
+use crate::shard_client::{Event, Failed, SessionClient, SessionEnd as ClientEnd, Signal};
 
 /// Bytes that one extent of a block status takes, in memory and in the widest reply.
 const STATUS_EXTENT_BYTES: u64 = 40;
@@ -75,18 +71,24 @@ pub(super) struct Attached {
     /// Bytes already received behind the handshake.
     pub(super) input: BytesMut,
     pub(super) negotiated: Negotiated,
-    pub(super) opened: Opened,
+    pub(super) client: SessionClient,
     pub(super) node: Arc<Node>,
 }
 
-/// Serves the session until it ends.
-pub(super) async fn run(attached: Attached) {
+/// Serves the session until it ends, and gives it back to be closed.
+pub(super) async fn run(attached: Attached) -> SessionClient {
     let size = attached.negotiated.export.size;
-    info!(size, volume = attached.opened.volume.id.0, "attached");
-    match Session::new(attached).run().await {
+    info!(size, volume = attached.client.volume().0, "attached");
+    let mut session = Session::new(attached);
+    match session.run().await {
         Ok(()) => info!("detached"),
+        // What the client had in flight is of unknown outcome: somebody should know why.
+        Err(SessionEnd::Client(end @ ClientEnd::Ended(_))) => {
+            error!(reason = %end, "connection ended");
+        }
         Err(end) => info!(reason = %end, "connection ended"),
     }
+    session.client
 }
 
 /// Why a connection ended otherwise than by the client's leave.
@@ -107,7 +109,13 @@ enum SessionEnd {
     )]
     InTheWay,
     #[error("{0}")]
-    Stopped(#[from] GroupStopped),
+    Client(#[from] ClientEnd),
+}
+
+impl From<GroupStopped> for SessionEnd {
+    fn from(stopped: GroupStopped) -> Self {
+        Self::Client(stopped.into())
+    }
 }
 
 /// What the next input bytes are for.
@@ -130,11 +138,10 @@ struct Session {
     decoder: RequestDecoder,
     encoder: ReplyEncoder,
     context: Option<u32>,
-    opened: Opened,
+    client: SessionClient,
     node: Arc<Node>,
     stage: Stage,
     in_flight: InFlight,
-    next_seq: u64,
     output: Output,
     /// The connection was closed without NBD_CMD_DISC.
     client_left: bool,
@@ -145,36 +152,30 @@ struct Session {
     output_since: Option<(Instant, u64)>,
     /// Where small reads are put together.
     scratch: Vec<u8>,
-    completions_tx: mpsc::Sender<Completion>,
-    completions: mpsc::Receiver<Completion>,
 }
 
 impl Session {
     fn new(attached: Attached) -> Self {
-        let Attached { stream, input, negotiated, opened, node } = attached;
-        let (completions_tx, completions) = mpsc::channel(COMPLETIONS_MAX);
+        let Attached { stream, input, negotiated, client, node } = attached;
         Self {
             stream,
             input,
             decoder: RequestDecoder::new(&negotiated),
             encoder: ReplyEncoder::new(&negotiated),
             context: negotiated.allocation_context,
-            opened,
+            client,
             node,
             stage: Stage::Header,
             in_flight: InFlight::default(),
-            next_seq: 1,
             output: Output::default(),
             client_left: false,
             reading_bytes: 0,
             output_since: None,
             scratch: Vec::new(),
-            completions_tx,
-            completions,
         }
     }
 
-    async fn run(mut self) -> Result<(), SessionEnd> {
+    async fn run(&mut self) -> Result<(), SessionEnd> {
         let shutdown = self.node.shutdown.token();
         self.serve(&shutdown).await?;
         // A client that is gone already has nothing to wait for.
@@ -184,8 +185,12 @@ impl Session {
 
     async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), SessionEnd> {
         loop {
-            while let Ok(completion) = self.completions.try_recv() {
-                self.complete(completion).await?;
+            while let Some(signal) = self.client.try_next() {
+                self.take_signal(signal).await?;
+            }
+            if self.client_left && !self.client.is_attached() {
+                // Nobody waits for what is pending, and its client may be sending it again.
+                return Ok(());
             }
             let mut more = self.take_input().await?;
             let held_back = !self.output_has_room();
@@ -216,7 +221,7 @@ impl Session {
         let may_stall = self.may_stall();
         let mut budget_permit = None;
         tokio::select! {
-            Some(completion) = self.completions.recv() => self.complete(completion).await?,
+            signal = self.client.wait() => self.take_signal(signal).await?,
             ready = ready(&self.stream, interest) => {
                 let ready = ready?;
                 if ready.is_readable() || ready.is_read_closed() {
@@ -346,6 +351,7 @@ impl Session {
             Ok(0) => {
                 debug!("the client closed the connection");
                 self.client_left = true;
+                self.client.leave();
                 self.close();
                 Ok(())
             }
@@ -406,7 +412,7 @@ impl Session {
     /// Starts a request if there is room for it; else it waits. `false` when it waits.
     async fn admit(&mut self, request: Request) -> Result<bool, SessionEnd> {
         let (mutations, bytes) = cost(&request.command);
-        if !self.in_flight.has_room(self.next_seq, mutations) {
+        if !self.in_flight.has_room(self.client.next_seq(), mutations) {
             self.stage = Stage::Room { request };
             return Ok(false);
         }
@@ -436,19 +442,18 @@ impl Session {
         let since = Instant::now();
         match (request.command, permit) {
             (Command::Write { offset, len }, Some(permit)) => {
-                let payload = PayloadStage::new(to, offset, len, self.next_seq, permit, since);
+                let payload =
+                    PayloadStage::new(to, offset, len, self.client.next_seq(), permit, since);
                 self.stage = Stage::Payload(payload);
             }
             (Command::Read { offset, len, dont_fragment }, Some(permit)) => {
                 self.begin_read(to, offset, len, dont_fragment, permit);
             }
             (Command::Trim { offset, len }, _) if len > 0 => {
-                let kind = AdmissionKind::Trim;
-                self.begin_range(to, CommandKind::Trim, kind, offset, len).await?;
+                self.begin_range(to, LogKind::Trim, offset, len, false).await?;
             }
             (Command::WriteZeroes { offset, len, no_hole }, _) if len > 0 => {
-                let kind = AdmissionKind::WriteZeroes { no_hole };
-                self.begin_range(to, CommandKind::WriteZeroes, kind, offset, len).await?;
+                self.begin_range(to, LogKind::WriteZeroes, offset, len, no_hole).await?;
             }
             (Command::BlockStatus { offset, len, req_one }, Some(permit)) => {
                 self.begin_status(to, offset, len, req_one, permit);
@@ -470,64 +475,61 @@ impl Session {
         self.encoder.error(self.output.buffer(), &to, error, message(error));
     }
 
-    async fn complete(&mut self, completion: Completion) -> Result<(), GroupStopped> {
-        match completion {
-            Completion::Mutation { token, outcome } => {
-                let error = outcome_error(&outcome);
-                if let Some(pending) = self.in_flight.finish_part(token, error) {
-                    self.answer(&pending);
-                }
-            }
-            // What was not proposed when the client left never is: it may be sending it again, and
-            // newer writes behind it, over another connection.
-            Completion::Granted { token, .. } if self.client_left => {
-                self.in_flight.refuse(token, NbdError::Shutdown);
-            }
-            Completion::Granted { token, grant, commands } => {
-                self.propose_granted(token, grant, commands).await?;
-            }
-            Completion::Refused { token, error } => {
-                if let Some(pending) = self.in_flight.refuse(token, error) {
-                    self.answer(&pending);
-                }
-            }
-            Completion::Read { token, result } => {
-                let error = result.as_ref().err().copied();
-                if let Some(mut pending) = self.in_flight.finish_part(token, error) {
-                    self.reading_bytes -= pending.reply_bytes;
-                    match result {
-                        Ok(data) => {
-                            self.send_read(pending.to, data);
-                            if let Some(permit) = pending.permit.take() {
-                                self.output.hold(permit);
-                            }
-                            let elapsed = pending.since.elapsed();
-                            self.node.metrics.request(pending.kind, pending.len, elapsed);
-                        }
-                        Err(error) => self.fail(pending.to, error),
-                    }
-                }
-            }
-            Completion::Status { token, result } => {
-                let error = result.as_ref().err().copied();
-                if let Some(mut pending) = self.in_flight.finish_part(token, error) {
-                    self.reading_bytes -= pending.reply_bytes;
-                    match (result, self.context) {
-                        (Ok(extents), Some(context)) => {
-                            let out = self.output.buffer();
-                            self.encoder.block_status(out, &pending.to, context, &extents, true);
-                            if let Some(permit) = pending.permit.take() {
-                                self.output.hold(permit);
-                            }
-                            let elapsed = pending.since.elapsed();
-                            self.node.metrics.request(pending.kind, pending.len, elapsed);
-                        }
-                        _ => self.fail(pending.to, NbdError::Io),
-                    }
-                }
-            }
+    async fn take_signal(&mut self, signal: Signal) -> Result<(), SessionEnd> {
+        if let Some(event) = self.client.take(signal).await? {
+            self.complete(event);
         }
         Ok(())
+    }
+
+    fn complete(&mut self, event: Event) {
+        match event {
+            Event::Mutation { token, outcome } => self.finish(token, outcome_error(&outcome)),
+            Event::Refused { token, failed } => self.finish(token, Some(failed.into())),
+            Event::Read { token, result } => {
+                if let Some((pending, data)) = self.finish_query(token, result) {
+                    self.send_read(pending.to, data);
+                    self.sent(pending);
+                }
+            }
+            Event::Status { token, result } => {
+                let Some((pending, extents)) = self.finish_query(token, result) else { return };
+                let Some(context) = self.context else {
+                    return self.fail(pending.to, NbdError::Io);
+                };
+                let extents: Vec<_> = extents.into_iter().map(read::extent).collect();
+                let out = self.output.buffer();
+                self.encoder.block_status(out, &pending.to, context, &extents, true);
+                self.sent(pending);
+            }
+        }
+    }
+
+    /// Counts one mutation of a request as finished, and answers the request with its last.
+    fn finish(&mut self, token: usize, error: Option<NbdError>) {
+        if let Some(pending) = self.in_flight.finish_part(token, error) {
+            self.answer(&pending);
+        }
+    }
+
+    /// Ends a query, and answers it if it has failed.
+    fn finish_query<T>(&mut self, token: usize, result: Result<T, Failed>) -> Option<(Pending, T)> {
+        let error = result.as_ref().err().map(|failed| NbdError::from(*failed));
+        let pending = self.in_flight.finish_part(token, error)?;
+        self.reading_bytes -= pending.reply_bytes;
+        match (result, error) {
+            (Ok(data), _) => return Some((pending, data)),
+            (Err(_), error) => self.fail(pending.to, error.unwrap_or(NbdError::Io)),
+        }
+        None
+    }
+
+    /// The reply to a query is queued: its share of the budget goes back when it is sent.
+    fn sent(&mut self, mut pending: Pending) {
+        if let Some(permit) = pending.permit.take() {
+            self.output.hold(permit);
+        }
+        self.node.metrics.request(pending.kind, pending.len, pending.since.elapsed());
     }
 
     /// Answers a request whose mutations have all come to an end.
@@ -551,6 +553,15 @@ fn cost(command: &Command) -> (usize, u64) {
         Command::Trim { .. } | Command::WriteZeroes { .. } => (1, 0),
         Command::BlockStatus { len, req_one, .. } => (0, status_bytes(len, req_one)),
         _ => (0, 0),
+    }
+}
+
+impl From<Failed> for NbdError {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::NoSpace => Self::NoSpc,
+            Failed::Io => Self::Io,
+        }
     }
 }
 

@@ -4,9 +4,13 @@
 //! A module for each client: [`nbdinfo`], [`nbdcopy`], [`qemu`], [`fio`], [`ext4`] (through nbdfuse
 //! and a loop device). Then what concerns several: [`multi_conn`], [`restart`], [`old_clients`],
 //! and [`trouble`], of which there must be none. The helpers are [`command`] (running a program),
-//! [`map`] (where data is) and [`content`] (what to write). A test whose client is not installed
-//! skips itself.
+//! [`map`] (where data is), [`content`] (what to write) and [`cluster`] (the node they meet). A
+//! test whose client is not installed skips itself.
+//!
+//! All of it runs twice: here with one replica, and in `interop_replicated` with three, attached to
+//! one that does not lead.
 
+mod cluster;
 mod command;
 mod content;
 mod ext4;
@@ -20,18 +24,11 @@ mod qemu;
 mod restart;
 mod trouble;
 
-use nbd_testkit::Cluster;
+use nbd_testkit::{Cluster, ClusterBuilder};
 
-const KIB: u64 = 1 << 10;
-const MIB: u64 = 1 << 20;
+use self::cluster::{KIB, MIB, cluster};
 
-/// A node whose volumes have `size`, as in `64MiB`. Its log is so short that checkpoints run while
-/// the clients write, and what they read comes from the chunk store as well as from the log.
-fn cluster(size: &str) -> Cluster {
-    Cluster::builder()
-        .default_size(size)
-        .argument("--log-segment-bytes=8MiB")
-        .argument("--log-bytes-max=64MiB")
-        .argument("--checkpoint-log-bytes=8MiB")
-        .start()
+/// The cluster that all tests of this binary meet.
+fn start(builder: ClusterBuilder) -> Cluster {
+    builder.start()
 }

@@ -45,7 +45,7 @@ fn an_old_client_writes_what_a_new_one_reads() {
 
 #[test]
 fn an_old_client_is_hung_up_on_if_there_is_no_such_export() {
-    let cluster = Cluster::builder().auto_create(false).start();
+    let cluster = crate::start(Cluster::builder().auto_create(false));
     let refusal = connect_as_of_old(&cluster, "volume").unwrap_err();
     assert!(matches!(refusal, ClientError::Closed), "{refusal:?}");
 }

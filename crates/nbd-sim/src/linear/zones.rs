@@ -26,8 +26,7 @@ pub(super) fn check(register: &Register) -> Result<(), Reason> {
     let mut zones: Vec<Zone> = Vec::with_capacity(register.writes.len());
     let one_zero = register.writes.iter().filter(|write| write.value == Value::ZERO).count() == 1;
     for write in &register.writes {
-        let mut zone =
-            Zone { value: write.value, first_end: write.end, last_start: write.asked };
+        let mut zone = Zone { value: write.value, first_end: write.end, last_start: write.asked };
         if write.value != Value::ZERO || one_zero {
             for read in register.reads.iter().filter(|read| read.value == write.value) {
                 zone.first_end = zone.first_end.min(read.end);
@@ -36,8 +35,7 @@ pub(super) fn check(register: &Register) -> Result<(), Reason> {
         }
         zones.push(zone);
     }
-    let (mut forward, backward): (Vec<_>, Vec<_>) =
-        zones.into_iter().partition(Zone::is_forward);
+    let (mut forward, backward): (Vec<_>, Vec<_>) = zones.into_iter().partition(Zone::is_forward);
     forward.sort_by_key(|zone| zone.first_end);
     for pair in forward.windows(2) {
         if pair[1].first_end < pair[0].last_start {

@@ -163,7 +163,8 @@ impl World {
         if !link.session.has_room(oldest, 1) {
             return;
         }
-        let (session, epoch, seq) = (link.session.id(), link.session.epoch(), link.session.reserve(1));
+        let (session, epoch, seq) =
+            (link.session.id(), link.session.epoch(), link.session.reserve(1));
         let (offset, len) = (range.start * SECTOR_BYTES, (range.end - range.start) * SECTOR_BYTES);
         let name = u32::try_from(client).unwrap_or_default();
         let (operation, command) = match what {
@@ -258,9 +259,9 @@ impl World {
         };
         match content::values(&bytes, id, range.start) {
             Ok(values) => {
-                let what = values.iter().fold(0, |sum: u64, value| {
-                    sum.wrapping_mul(31).wrapping_add(value.0)
-                });
+                let what = values
+                    .iter()
+                    .fold(0, |sum: u64, value| sum.wrapping_mul(31).wrapping_add(value.0));
                 self.count("reads answered");
                 self.history.answer(operation, values);
                 self.clients[client].outstanding.remove(&operation);

@@ -136,9 +136,10 @@ impl World {
             node.running.as_ref().is_some_and(|running| {
                 running.queue.is_empty()
                     && running.writing.is_empty()
-                    && running.groups.iter().all(|(shard, group)| {
-                        group.replica.applied() == self.ledger.last(*shard)
-                    })
+                    && running
+                        .groups
+                        .iter()
+                        .all(|(shard, group)| group.replica.applied() == self.ledger.last(*shard))
             })
         })
     }

@@ -280,7 +280,8 @@ impl World {
         let node = self.draw_node();
         let host = node.filter(|_| self.nemesis.rng.chance(850_000)).unwrap_or(balancer);
         self.struck(FaultKind::Pause, host);
-        let longest = if self.nemesis.rng.random_bool(0.5) { 400 * MILLISECOND } else { 2 * SECOND };
+        let longest =
+            if self.nemesis.rng.random_bool(0.5) { 400 * MILLISECOND } else { 2 * SECOND };
         let wait = self.nemesis.rng.span(MILLISECOND, longest);
         if self.nemesis.rng.chance(300_000) {
             self.refuse_connections(host);

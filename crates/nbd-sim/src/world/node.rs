@@ -169,7 +169,8 @@ impl World {
     /// What the formation of a new cluster comes to, once every member has answered.
     fn form(&mut self, node: usize, shard: ShardId) {
         let members = (0..self.profile.nodes).map(initial_id);
-        let replicas = (0..self.profile.nodes).map(|n| self.nodes[n].info(initial_id(n), n as u128));
+        let replicas =
+            (0..self.profile.nodes).map(|n| self.nodes[n].info(initial_id(n), n as u128));
         let formation = Formation {
             replica: initial_id(node),
             membership: Membership::of_voters(members),
@@ -222,7 +223,8 @@ impl World {
             }
         };
         let life = node.life;
-        let store = NodeStore::open(Arc::new(node.disk.clone()), node.options(&self.profile, fault));
+        let store =
+            NodeStore::open(Arc::new(node.disk.clone()), node.options(&self.profile, fault));
         let store = match store {
             Ok(store) => store,
             Err(_) if node.cramped => {

@@ -209,15 +209,16 @@ impl World {
                 directory: running.directory,
                 addresses: ReplicaAddresses::default(),
             };
-            let Ok(command) = encode_register_replica(&registration) else { return };
+            let Some(next) = self.next_replica(leader, shard) else { return };
+            let Ok(command) = encode_register_replica(&registration, next) else { return };
             self.propose(leader, shard, command, Reply::Member { node: n });
             return;
         };
         let id = group.id;
         let Some(membership) = self.membership(shard) else { return };
-        let old = membership.all().find(|other| {
-            *other != id && self.places.get(&(shard, *other)) == Some(&n)
-        });
+        let old = membership
+            .all()
+            .find(|other| *other != id && self.places.get(&(shard, *other)) == Some(&n));
         let change = if !membership.contains(id) {
             MembershipChange::AddLearner(id)
         } else if let Some(old) = old {
@@ -231,6 +232,12 @@ impl World {
             MembershipChange::AddVoter(id)
         };
         self.step(leader, shard, Event::ChangeMembership(change, Reply::Member { node: n }));
+    }
+
+    /// The id that the leader would give.
+    fn next_replica(&self, leader: usize, shard: ShardId) -> Option<ReplicaId> {
+        let group = self.nodes[leader].running.as_ref()?.groups.get(&shard)?;
+        ReplicaId::new(group.reader.formation()?.next_replica)
     }
 
     fn has_caught_up(&self, leader: usize, shard: ShardId, id: ReplicaId) -> bool {

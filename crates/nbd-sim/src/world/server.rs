@@ -235,13 +235,7 @@ impl World {
         self.schedule.after(wait, Planned::ReadDone { node: n, life, job, bytes });
     }
 
-    pub(super) fn on_read_done(
-        &mut self,
-        n: usize,
-        life: u32,
-        job: ReadJob,
-        bytes: Option<Bytes>,
-    ) {
+    pub(super) fn on_read_done(&mut self, n: usize, life: u32, job: ReadJob, bytes: Option<Bytes>) {
         if self.nodes[n].life != life {
             return;
         }

@@ -27,7 +27,10 @@ fn all() -> Vec<(&'static str, Bytes)> {
         ("create_volume", encode_create_volume("vol-é", 1 << 30, "a disk").unwrap()),
         ("add_counter", encode_add_counter(-1)),
         ("end_sessions", encode_end_sessions(OWNER)),
-        ("register_replica", encode_register_replica(&registration()).unwrap()),
+        (
+            "register_replica",
+            encode_register_replica(&registration(), ReplicaId::new(4).unwrap()).unwrap(),
+        ),
     ]
 }
 
@@ -134,10 +137,28 @@ fn checksums_are_those_of_the_pieces() {
 fn registrations_are_bounded() {
     let mut long = registration();
     long.addresses.http = "x".repeat(crate::limits::ADDRESS_BYTES_MAX + 1);
-    assert_eq!(encode_register_replica(&long), Err(CommandError::BadName));
-    let command = encode_register_replica(&registration()).unwrap();
+    assert_eq!(
+        encode_register_replica(&long, ReplicaId::new(4).unwrap()),
+        Err(CommandError::BadName)
+    );
+    let command = encode_register_replica(&registration(), ReplicaId::new(4).unwrap()).unwrap();
     let body = &command[COMMAND_HEADER_BYTES..];
     for len in 0..body.len() {
         assert_eq!(decode_registration(&body[..len]), None, "{len}");
     }
+}
+
+#[test]
+fn a_flipped_bit_in_a_payload_is_not_sound() {
+    let write = encode_write(SessionId(1), Epoch(1), 1, VolumeId(1), 4000, &[7; 9000]);
+    let trim = encode_trim(SessionId(1), Epoch(1), 2, VolumeId(1), 0, 8192);
+    let entry = [&write[..], &trim[..]].concat();
+    assert!(is_sound(&entry) && is_sound(&[]));
+    let payload = write.len() - 9000;
+    for at in [payload, payload + 95, payload + 96, payload + 4192, write.len() - 1] {
+        let mut bad = entry.clone();
+        bad[at] ^= 1;
+        assert!(!is_sound(&bad), "byte {at}");
+    }
+    assert!(!is_sound(&entry[..entry.len() - 1]));
 }

@@ -14,10 +14,15 @@ fn registration(node: &str, directory: u128) -> ReplicaRegistration {
     ReplicaRegistration { node: node.parse().unwrap(), directory, addresses }
 }
 
+/// Registers a replica under the next id.
+fn register(members: &mut Members, new: ReplicaRegistration) -> Result<ReplicaInfo, Rejection> {
+    members.register(id(members.next_replica), new)
+}
+
 fn three() -> Members {
     let mut members = Members::default();
     for (node, directory) in [("a", 0xa0), ("b", 0xb0), ("c", 0xc0)] {
-        members.register(registration(node, directory)).unwrap();
+        register(&mut members, registration(node, directory)).unwrap();
     }
     members.membership = Membership::of_voters([id(1), id(2), id(3)]);
     members
@@ -26,8 +31,9 @@ fn three() -> Members {
 #[test]
 fn golden_bytes() {
     let mut members = Members::default();
-    members.register(registration("nbd-1-2", 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10)).unwrap();
-    members.register(registration("b", 0xb0)).unwrap();
+    register(&mut members, registration("nbd-1-2", 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10))
+        .unwrap();
+    register(&mut members, registration("b", 0xb0)).unwrap();
     members.membership = Membership::of_voters([id(1)]);
     members.change(MembershipChange::AddLearner(id(2)));
     let sealed = crate::chunk::record::seal(&3_u32.to_le_bytes(), members.encode());
@@ -40,7 +46,7 @@ fn what_is_encoded_is_decoded_and_nothing_else() {
     let mut members = three();
     members.change(MembershipChange::AddLearner(id(4)));
     assert_eq!(Members::decode(&members.encode()), None, "a member whose id was never given");
-    members.register(registration("d", 0xd0)).unwrap();
+    register(&mut members, registration("d", 0xd0)).unwrap();
     let body = members.encode();
     assert_eq!(Members::decode(&body), Some(members));
     for len in 0..body.len() {
@@ -59,24 +65,47 @@ fn what_is_encoded_is_decoded_and_nothing_else() {
 #[test]
 fn a_directory_has_one_id_and_ids_are_never_given_twice() {
     let mut members = three();
-    let again = members.register(registration("b2", 0xb0)).unwrap();
+    let again = register(&mut members, registration("b2", 0xb0)).unwrap();
     assert_eq!((again.id, again.node.as_str()), (id(2), "b2"));
     assert_eq!(again.addresses.nbd, "b2:10809", "where it is now");
     // The node's disk was wiped.
-    assert_eq!(members.register(registration("b2", 0xb1)).unwrap().id, id(4));
+    assert_eq!(register(&mut members, registration("b2", 0xb1)).unwrap().id, id(4));
     members.change(MembershipChange::Remove(id(2)));
     assert!(!members.replicas.contains_key(&id(2)));
-    assert_eq!(members.register(registration("b2", 0xb0)).unwrap().id, id(5));
+    assert_eq!(register(&mut members, registration("b2", 0xb0)).unwrap().id, id(5));
     // Without effect, it removes nothing.
     members.change(MembershipChange::Remove(id(4)));
     assert!(members.replicas.contains_key(&id(4)));
 }
 
 #[test]
+fn old_registrations_change_nothing_in_a_later_state() {
+    // The history: node b is wiped twice, and its second directory is forgotten.
+    let history = |members: &mut Members| {
+        let _ = members.register(id(4), registration("b", 0xb1));
+        members.change(MembershipChange::AddLearner(id(4)));
+        members.change(MembershipChange::Remove(id(2)));
+        members.change(MembershipChange::AddVoter(id(4)));
+        let _ = members.register(id(5), registration("b", 0xb2));
+        members.change(MembershipChange::AddLearner(id(5)));
+        members.change(MembershipChange::Remove(id(4)));
+        members.change(MembershipChange::AddVoter(id(5)));
+        let _ = members.register(id(6), registration("b", 0xb3));
+        members.change(MembershipChange::AddLearner(id(6)));
+    };
+    let mut members = three();
+    history(&mut members);
+    // The third directory's replica starts from what its leader knows, and is sent the whole log.
+    let mut joined = members.clone();
+    history(&mut joined);
+    assert_eq!(joined, members);
+}
+
+#[test]
 fn replicas_that_never_became_members_do_not_pile_up() {
     let mut members = three();
     for directory in 0x1000..0x1100 {
-        members.register(registration("d", directory)).unwrap();
+        register(&mut members, registration("d", directory)).unwrap();
     }
     assert_eq!(members.replicas.len(), REPLICAS_KNOWN_MAX);
     assert!(members.membership.all().all(|id| members.replicas.contains_key(&id)));

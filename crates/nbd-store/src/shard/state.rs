@@ -153,7 +153,8 @@ impl ShardState {
             }
             CommandKind::EndSessions => self.metadata.end_sessions(owner_of(header)),
             CommandKind::RegisterReplica => {
-                self.metadata.register_replica(&data[command.payload.clone()])
+                let id = ReplicaId::new(header.length);
+                self.metadata.register_replica(id, &data[command.payload.clone()])
             }
         }
     }
@@ -328,13 +329,13 @@ impl Metadata {
         Outcome::SessionsEnded(u32::try_from(ended).expect("sessions are bounded"))
     }
 
-    fn register_replica(&mut self, body: &[u8]) -> Outcome {
-        let Some(new) = decode_registration(body) else {
+    fn register_replica(&mut self, id: Option<ReplicaId>, body: &[u8]) -> Outcome {
+        let (Some(id), Some(new)) = (id, decode_registration(body)) else {
             return Outcome::Rejected(Rejection::BadCommand);
         };
-        match Arc::make_mut(&mut self.members).register(new) {
-            Some(info) => Outcome::ReplicaRegistered(info),
-            None => Outcome::Rejected(Rejection::LimitReached),
+        match Arc::make_mut(&mut self.members).register(id, new) {
+            Ok(info) => Outcome::ReplicaRegistered(info),
+            Err(reason) => Outcome::Rejected(reason),
         }
     }
 

@@ -1,0 +1,261 @@
+//! The gRPC server, and the tasks that look after data and members.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+
+use nbd_rpc::MESSAGE_BYTES_MAX;
+use nbd_rpc::v1::admin_server::AdminServer;
+use nbd_rpc::v1::chunks_server::ChunksServer;
+use nbd_rpc::v1::session_server::SessionServer;
+use nbd_store::{DamagedChunk, Formation, ShardReader};
+use nbd_topology::ShardId;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::warn;
+
+use super::shards::ResyncProgresses;
+use crate::admin_service::{AdminParts, AdminService, AdminShard};
+use crate::checkpoint_thread::CheckpointHandle;
+use crate::chunk_service::{ChunkService, ChunkServiceParts};
+use crate::config::Config;
+use crate::failure::Failure;
+use crate::formation::{AdminPeers, FormationError, Former, Founders, Oneself};
+use crate::group_task::GroupHandle;
+use crate::join::{MemberWatch, RemovedShards};
+use crate::peers::{Addresses, GroupEvents};
+use crate::repair::{RepairParts, Repairer};
+use crate::resync::{ChunkPeers, ResyncParts, ResyncProgress, Throttle};
+use crate::scrub::{Comparer, ScrubParts, ScrubState, Scrubber};
+use crate::session_service::SessionService;
+use crate::shard_client::BlockRepair;
+use crate::transport::{Transport, TransportHandle};
+
+/// What the shards of a node share beside log and store. Clones are the same.
+#[derive(Clone)]
+pub(super) struct Services {
+    oneself: Arc<Oneself>,
+    addresses: Addresses,
+    founders: Arc<HashMap<ShardId, Founders>>,
+    groups: Vec<GroupHandle>,
+    checkpoints: CheckpointHandle,
+    failure: Failure,
+    transport: TransportHandle,
+    admin_peers: Arc<AdminPeers>,
+    chunk_peers: Arc<ChunkPeers>,
+    comparer: Comparer,
+    repairer: Repairer,
+    removed: RemovedShards,
+    throttle: Arc<Throttle>,
+    damaged: mpsc::Sender<DamagedChunk>,
+    /// Cancelled once the groups have ended: until then they need the network.
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl fmt::Debug for Services {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Services").field("node", &self.oneself.node).finish_non_exhaustive()
+    }
+}
+
+impl Services {
+    pub(super) fn new(
+        config: &Config,
+        directory: u128,
+        groups: &[GroupHandle],
+        checkpoints: CheckpointHandle,
+        failure: Failure,
+        damaged: mpsc::Sender<DamagedChunk>,
+    ) -> Self {
+        let cluster = config.cluster.name().clone();
+        let addresses = Addresses::new(Arc::new(config.cluster.clone()));
+        let stop = CancellationToken::new();
+        let by_shard: HashMap<_, _> = groups.iter().map(|g| (g.shard(), g.clone())).collect();
+        let node = config.node.clone();
+        let transport = Transport::new(cluster.clone(), node.clone(), directory, rand::random());
+        let events = Arc::new(GroupEvents { groups: by_shard });
+        let transport = transport.spawn(events, stop.clone());
+        let chunk_peers = Arc::new(ChunkPeers::new(cluster.clone()));
+        let readers: HashMap<ShardId, ShardReader> =
+            groups.iter().map(|group| (group.shard(), group.reader().clone())).collect();
+        let repairer = Repairer::new(RepairParts {
+            readers,
+            peers: Arc::clone(&chunk_peers),
+            checkpoints: checkpoints.clone(),
+            damaged: damaged.clone(),
+        });
+        let founders = |shard: ShardId| Founders {
+            nodes: config
+                .cluster
+                .replicas(shard)
+                .iter()
+                .map(|node| (node.clone(), addresses.configured(node).unwrap_or_default()))
+                .collect(),
+        };
+        let founders =
+            groups.iter().map(|group| (group.shard(), founders(group.shard()))).collect();
+        let own = addresses.of(&node).unwrap_or_default();
+        Self {
+            oneself: Arc::new(Oneself { cluster, node, directory, addresses: own }),
+            founders: Arc::new(founders),
+            groups: groups.to_vec(),
+            transport,
+            admin_peers: Arc::new(AdminPeers::default()),
+            comparer: Comparer {
+                peers: Arc::clone(&chunk_peers),
+                checkpoints: checkpoints.clone(),
+            },
+            chunk_peers,
+            repairer,
+            removed: RemovedShards::new(),
+            throttle: Arc::new(Throttle::new(config.tuning.resync_bytes_per_second.bytes())),
+            damaged,
+            addresses,
+            checkpoints,
+            failure,
+            stop,
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    /// Where nodes are reached.
+    pub(super) fn addresses(&self) -> Addresses {
+        self.addresses.clone()
+    }
+
+    /// The way to the other nodes' groups.
+    pub(super) fn transport(&self) -> TransportHandle {
+        self.transport.clone()
+    }
+
+    /// Good copies of damaged blocks, from other replicas.
+    pub(super) fn repair(&self) -> Arc<dyn BlockRepair> {
+        Arc::new(self.repairer.clone())
+    }
+
+    /// Runs a task until the network stops; it watches for that itself.
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
+    }
+
+    /// What the shard's group starts from, once that is known.
+    pub(super) async fn form(&self, reader: &ShardReader) -> Result<Formation, FormationError> {
+        let former = Former {
+            oneself: Arc::clone(&self.oneself),
+            peers: Arc::clone(&self.admin_peers),
+            checkpoints: self.checkpoints.clone(),
+            stop: self.stop.clone(),
+        };
+        let founders = self.founders.get(&reader.shard());
+        former.form(reader, founders.ok_or(FormationError::NotFounder(reader.shard()))?).await
+    }
+
+    pub(super) fn resync_parts(&self, group: GroupHandle) -> ResyncParts<GroupHandle> {
+        ResyncParts {
+            group,
+            checkpoints: self.checkpoints.clone(),
+            peers: Arc::clone(&self.chunk_peers),
+            throttle: Arc::clone(&self.throttle),
+            failure: self.failure.clone(),
+            stop: self.stop.clone(),
+        }
+    }
+
+    /// Looks after this node's own membership in a group.
+    pub(super) fn watch_membership(
+        &self,
+        group: &GroupHandle,
+        resync: &watch::Receiver<Option<ResyncProgress>>,
+    ) {
+        let founders = self.founders.get(&group.shard());
+        let nodes = founders.map(|founders| founders.nodes.as_slice()).unwrap_or_default();
+        let others = nodes.iter().filter(|(node, _)| *node != self.oneself.node);
+        let watch = MemberWatch {
+            group: group.clone(),
+            oneself: Arc::clone(&self.oneself),
+            peers: Arc::clone(&self.admin_peers),
+            contacts: others.map(|(_, grpc)| grpc.clone()).collect(),
+            comparer: self.comparer.clone(),
+            resync: resync.clone(),
+            removed: self.removed.clone(),
+            stop: self.stop.clone(),
+        };
+        self.spawn(watch.run());
+    }
+
+    /// Serves the other nodes, and starts what goes on in the background.
+    pub(super) fn serve(
+        &self,
+        listener: TcpListener,
+        config: &Config,
+        sessions: SessionServer<SessionService>,
+        resync: &ResyncProgresses,
+        damaged: mpsc::Receiver<DamagedChunk>,
+    ) {
+        let scrub = ScrubState::default();
+        let shard = |group: &GroupHandle| {
+            let id = group.shard();
+            let founders = self.founders[&id].clone();
+            (id, AdminShard { group: group.clone(), founders, resync: resync[&id].clone() })
+        };
+        let admin = AdminService::new(AdminParts {
+            oneself: Arc::clone(&self.oneself),
+            shards: self.groups.iter().map(shard).collect(),
+            peers: Arc::clone(&self.admin_peers),
+            removed: self.removed.clone(),
+            scrub: scrub.clone(),
+            stop: self.stop.clone(),
+        });
+        let readers = self.groups.iter().map(|group| (group.shard(), group.reader().clone()));
+        let chunks = ChunkService::new(ChunkServiceParts {
+            cluster: self.oneself.cluster.clone(),
+            readers: readers.collect(),
+            checkpoints: self.checkpoints.clone(),
+            damaged: self.damaged.clone(),
+        });
+        let server = nbd_rpc::server()
+            .add_service(self.transport.service())
+            .add_service(sessions)
+            .add_service(
+                AdminServer::new(admin)
+                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                    .max_encoding_message_size(MESSAGE_BYTES_MAX),
+            )
+            .add_service(
+                ChunksServer::new(chunks)
+                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                    .max_encoding_message_size(MESSAGE_BYTES_MAX),
+            );
+        let stop = self.stop.clone().cancelled_owned();
+        self.spawn(async move {
+            let served = server.serve_with_incoming_shutdown(nbd_rpc::incoming(listener), stop);
+            if let Err(error) = served.await {
+                warn!(%error, "the gRPC server ended");
+            }
+        });
+        self.spawn(self.repairer.clone().run(damaged, self.stop.clone()));
+        let scrubber = Scrubber::new(ScrubParts {
+            groups: self.groups.clone(),
+            resync: resync.clone(),
+            comparer: self.comparer.clone(),
+            repairer: self.repairer.clone(),
+            state: scrub,
+            bytes_per_second: config.tuning.scrub_bytes_per_second.bytes(),
+            interval: config.tuning.scrub_interval.get(),
+            stop: self.stop.clone(),
+        });
+        self.spawn(scrubber.run());
+    }
+
+    /// Stops everything, once no group needs it any more.
+    pub(super) async fn stop(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.transport.closed().await;
+    }
+}

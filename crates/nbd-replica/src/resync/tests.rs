@@ -1,0 +1,408 @@
+//! Two nodes' stores on disks in memory, the source's behind its service on the loopback device.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use nbd_consensus::HardState;
+use nbd_log::checksum::crc32c;
+use nbd_log::io::MemoryDisk;
+use nbd_log::log::{
+    EntryKind, EntryRecord, HardState as LoggedState, LogPosition, LogWriter, Record,
+};
+use nbd_rpc::v1::chunks_server::ChunksServer;
+use nbd_store::{
+    Applied, DamagedChunk, Epoch, Formation, NodeStore, Outcome, Owner, ReplicaAddresses,
+    SessionId, ShardWriter, StoreOptions, VolumeId, encode_create_volume, encode_open_session,
+    encode_trim, encode_write,
+};
+use nbd_topology::{LogIndex, Membership, ReplicaId, ShardId, Term};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+
+use super::driver::Ended;
+use super::source::SourceError;
+use super::*;
+use crate::checkpoint_thread::{CheckpointHandle, CheckpointThread, DAMAGED_MAX};
+use crate::chunk_service::{ChunkService, ChunkServiceParts};
+use crate::failure::Failure;
+use crate::repair::{RepairParts, Repairer};
+use crate::scrub::Comparer;
+
+const SHARD: ShardId = ShardId(0);
+const SESSION: SessionId = SessionId(7);
+const TERM: Term = Term(2);
+const CHUNK: u64 = 65536;
+const MIB: u64 = 1 << 20;
+const VOLUME_BYTES: u64 = 64 * MIB;
+
+fn id(id: u64) -> ReplicaId {
+    ReplicaId::new(id).unwrap()
+}
+
+fn info(n: u64, grpc: &str) -> ReplicaInfo {
+    let addresses = ReplicaAddresses { grpc: grpc.to_owned(), ..Default::default() };
+    let node = format!("n{n}").parse().unwrap();
+    ReplicaInfo { id: id(n), node, directory: u128::from(n), addresses }
+}
+
+/// A node without Raft: whatever it is told is committed.
+struct Node {
+    disk: MemoryDisk,
+    log: LogWriter,
+    writer: ShardWriter,
+    reader: ShardReader,
+    checkpoints: CheckpointHandle,
+    thread: Option<JoinHandle<()>>,
+    damaged: (mpsc::Sender<DamagedChunk>, Option<mpsc::Receiver<DamagedChunk>>),
+    failure: Failure,
+    end: LogPosition,
+    seq: u64,
+    _lock: Box<dyn nbd_log::io::DiskLock>,
+}
+
+impl Node {
+    /// The node of this replica, in a group of the replicas 1, 2 and 3.
+    fn new(n: u64) -> Self {
+        let disk = MemoryDisk::new(n);
+        let options = StoreOptions {
+            cluster: "test".parse().unwrap(),
+            node: format!("n{n}").parse().unwrap(),
+            shards: vec![SHARD],
+            segment_bytes: 4 * MIB,
+            log_bytes_max: 256 * MIB,
+            log_cache_bytes: 1 << 20,
+            checkpoint_log_bytes: 128 * MIB,
+            meta_cache_bytes: 1 << 20,
+            space_reserve_bytes: 0,
+            decode_change: nbd_consensus::decode_change,
+            fault: None,
+            rng_seed: [n.to_le_bytes()[0]; 32],
+        };
+        let store = NodeStore::open(Arc::new(disk.clone()), options).unwrap();
+        let NodeStore { log, segments, mut checkpointer, mut shards, space, lock, .. } = store;
+        let shard = shards.remove(0);
+        let replicas: Vec<_> = (1..=3).map(|n| info(n, "")).collect();
+        let membership = Membership::of_voters(replicas.iter().map(|replica| replica.id));
+        let formation = Formation { replica: id(n), membership, replicas, next_replica: 4 };
+        checkpointer.form(SHARD, &formation).unwrap();
+        let (checkpoints, failure) = (CheckpointHandle::new(), Failure::default());
+        let (sender, receiver) = mpsc::channel(DAMAGED_MAX);
+        let thread = CheckpointThread {
+            checkpointer,
+            segments,
+            space,
+            groups: Vec::new(),
+            handle: checkpoints.clone(),
+            damaged: sender.clone(),
+            failure: failure.clone(),
+        };
+        Self {
+            disk,
+            log,
+            writer: shard.writer,
+            reader: shard.reader,
+            thread: Some(thread.spawn().unwrap()),
+            checkpoints,
+            damaged: (sender, Some(receiver)),
+            failure,
+            end: LogPosition(0),
+            seq: 0,
+            _lock: lock,
+        }
+    }
+
+    fn apply(&mut self, data: &Bytes) -> Vec<Outcome> {
+        let index = self.reader.applied().next();
+        let state = LoggedState { term: TERM, vote: 1, commit: LogIndex(index.0 - 1) };
+        let entry = EntryRecord { shard: SHARD, index, term: TERM, kind: EntryKind::Command, data };
+        let records = [Record::HardState(SHARD, state), Record::Entry(entry)];
+        let positions = self.log.append(&records).unwrap();
+        self.end = positions[1].plus(data.len() as u64);
+        self.writer.apply(index, TERM, Applied::Command(data), positions[1])
+    }
+
+    fn create_volume(&mut self) -> VolumeId {
+        let outcomes = self.apply(&encode_create_volume("v", VOLUME_BYTES, "").unwrap());
+        let [Outcome::VolumeCreated(volume)] = &outcomes[..] else { panic!("{outcomes:?}") };
+        let owner = Owner { node: 1, incarnation: 1 };
+        let opened = self.apply(&encode_open_session(SESSION, Epoch::FIRST, volume.id, owner));
+        assert_eq!(opened, [Outcome::SessionOpened]);
+        volume.id
+    }
+
+    /// Fills chunks with a byte each that follows from `seed`.
+    fn write(&mut self, volume: VolumeId, chunks: std::ops::Range<u64>, seed: u64) {
+        for chunk in chunks {
+            self.seq += 1;
+            let payload = vec![(chunk + seed).to_le_bytes()[0] | 1; 65536];
+            let (offset, seq) = (chunk * CHUNK, self.seq);
+            self.apply(&encode_write(SESSION, Epoch::FIRST, seq, volume, offset, &payload));
+        }
+    }
+
+    fn trim(&mut self, volume: VolumeId, chunks: std::ops::Range<u64>) {
+        self.seq += 1;
+        let (offset, len) = (chunks.start * CHUNK, (chunks.end - chunks.start) * CHUNK);
+        self.apply(&encode_trim(SESSION, Epoch::FIRST, self.seq, volume, offset, len));
+    }
+
+    fn content(&self, volume: VolumeId) -> Vec<u8> {
+        let mut plan = self.reader.resolve(volume, 0, VOLUME_BYTES).unwrap();
+        let mut bytes = vec![0; usize::try_from(VOLUME_BYTES).unwrap()];
+        plan.read_blocking(&mut bytes).unwrap();
+        for (range, segment) in plan.segments() {
+            if segment == nbd_store::Segment::Zero {
+                bytes[range].fill(0);
+            }
+        }
+        bytes
+    }
+
+    /// Serves the node's chunks until the token is cancelled.
+    async fn serve(&self) -> (SocketAddr, CancellationToken) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
+        let service = ChunkService::new(ChunkServiceParts {
+            cluster: "test".parse().unwrap(),
+            readers: HashMap::from([(SHARD, self.reader.clone())]),
+            checkpoints: self.checkpoints.clone(),
+            damaged: self.damaged.0.clone(),
+        });
+        let server =
+            nbd_rpc::server().add_service(ChunksServer::new(service)).serve_with_incoming_shutdown(
+                nbd_rpc::incoming(listener),
+                stop.clone().cancelled_owned(),
+            );
+        tokio::spawn(server);
+        (address, stop)
+    }
+
+    /// A driver that fetches at this rate; 0: as fast as it can.
+    fn driver(&self, bytes_per_second: u64) -> (Arc<ResyncDriver<FakeGroup>>, ResyncHandle) {
+        let (handle, inbox) = inbox();
+        let parts = ResyncParts {
+            group: FakeGroup {
+                reader: self.reader.clone(),
+                resync: handle.clone(),
+                log_floor: self.end,
+            },
+            checkpoints: self.checkpoints.clone(),
+            peers: peers(),
+            throttle: Arc::new(Throttle::new(bytes_per_second)),
+            failure: self.failure.clone(),
+            stop: CancellationToken::new(),
+        };
+        (Arc::new(ResyncDriver::new(parts, inbox)), handle)
+    }
+
+    async fn offer(&self, n: u64, address: SocketAddr) -> Offer {
+        self.checkpoints.attempt().await;
+        let at = self.reader.snapshot().unwrap();
+        let snapshot = SnapshotOffer { from: id(n), index: at.applied, term: at.applied_term };
+        Offer { snapshot, source: info(n, &address.to_string()) }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.checkpoints.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn peers() -> Arc<ChunkPeers> {
+    Arc::new(ChunkPeers::new("test".parse().unwrap()))
+}
+
+/// A group that wants every snapshot.
+struct FakeGroup {
+    reader: ShardReader,
+    resync: ResyncHandle,
+    log_floor: LogPosition,
+}
+
+impl ResyncGroup for FakeGroup {
+    fn reader(&self) -> &ShardReader {
+        &self.reader
+    }
+
+    async fn resync_ready(&self, snapshot: ShardSnapshot) -> Result<(), GroupStopped> {
+        let hard_state = HardState { term: TERM, vote: None, commit: snapshot.applied };
+        self.resync.install(InstallPlan { snapshot, hard_state, log_floor: self.log_floor });
+        Ok(())
+    }
+
+    async fn installed(&self) -> Result<(), GroupStopped> {
+        Ok(())
+    }
+}
+
+/// Runs a resync to its end; gives the bytes fetched.
+async fn resync(driver: &ResyncDriver<FakeGroup>, offer: Offer) -> u64 {
+    driver.meter.begin();
+    let ended = tokio::time::timeout(Duration::from_secs(60), driver.resync(offer)).await;
+    assert_eq!(ended.unwrap(), Ended::Installed);
+    driver.meter.end().received
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_replica_gets_everything_and_later_only_what_changed() {
+    let (mut source, receiver) = (Node::new(1), Node::new(2));
+    let volume = source.create_volume();
+    source.write(volume, 0..80, 0);
+    source.trim(volume, 10..20);
+    let (address, _stop) = source.serve().await;
+    let (driver, _) = receiver.driver(0);
+    let received = resync(&driver, source.offer(1, address).await).await;
+    assert_eq!(received, 70 * CHUNK);
+    assert_eq!(receiver.reader.applied(), source.reader.applied());
+    assert!(receiver.content(volume) == source.content(volume));
+
+    source.write(volume, 3..6, 100);
+    source.write(volume, 500..501, 100);
+    source.trim(volume, 30..40);
+    let (driver, _) = receiver.driver(0);
+    let received = resync(&driver, source.offer(1, address).await).await;
+    assert_eq!(received, 4 * CHUNK, "three chunks were overwritten and one is new");
+    assert!(receiver.content(volume) == source.content(volume));
+
+    let comparer = Comparer { peers: peers(), checkpoints: receiver.checkpoints.clone() };
+    let differing = comparer.make_equal(&receiver.reader, id(1), &address.to_string()).await;
+    assert_eq!(differing.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_interrupted_resync_goes_on_from_another_source_with_what_is_there() {
+    let (mut source, receiver) = (Node::new(1), Node::new(2));
+    let volume = source.create_volume();
+    source.write(volume, 0..400, 0);
+    let (first, stop_first) = source.serve().await;
+    let (driver, _) = receiver.driver(16 * MIB);
+    let offer = source.offer(1, first).await;
+    driver.meter.begin();
+    let mut shown = driver.progress();
+    let interrupted = tokio::spawn({
+        let (driver, offer) = (Arc::clone(&driver), offer.clone());
+        async move { driver.resync(offer).await }
+    });
+    let half = shown.wait_for(|now| now.is_some_and(|now| now.bytes_done >= 10 * MIB)).await;
+    assert_eq!(half.unwrap().unwrap().bytes_total, 400 * CHUNK);
+    interrupted.abort();
+    let _ = interrupted.await;
+    let before = driver.meter.end().received;
+    assert!(before < 400 * CHUNK, "it was interrupted in time");
+    // The first leader is gone: the node of another one serves the same.
+    stop_first.cancel();
+    let mut moved = source.offer(1, source.serve().await.0).await;
+    moved.source.id = id(1);
+    let (driver, _) = receiver.driver(0);
+    let after = resync(&driver, moved).await;
+    assert!(before + after <= 400 * CHUNK * 12 / 10, "{before} + {after}");
+    assert!(after < 400 * CHUNK, "what was there is not fetched again");
+    assert!(receiver.content(volume) == source.content(volume));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_offer_of_another_leader_takes_over_at_once() {
+    let (mut source, receiver) = (Node::new(1), Node::new(2));
+    let volume = source.create_volume();
+    source.write(volume, 0..100, 0);
+    // Somebody listens there, and never answers.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, _stop) = source.serve().await;
+    let mut dead_end = source.offer(3, silent.local_addr().unwrap()).await;
+    dead_end.source.id = id(3);
+    let (driver, handle) = receiver.driver(0);
+    let offer = source.offer(1, address).await;
+    tokio::spawn(async move {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        handle.offered(offer.snapshot, offer.source);
+    });
+    assert_eq!(resync(&driver, dead_end).await, 100 * CHUNK);
+    assert!(receiver.content(volume) == source.content(volume));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_refused() {
+    let source = Node::new(1);
+    let address = source.serve().await.0.to_string();
+    let ask = async |cluster: &str, shard: u32, from: u64, to: u64| {
+        let peers = ChunkPeers::new(cluster.parse().unwrap());
+        let source = peers.source(ShardId(shard), id(from), id(to), &address).unwrap();
+        match source.digests(None).await {
+            Ok(_) => None,
+            Err(SourceError::Call(status)) => Some(status.code()),
+            Err(error) => panic!("{error}"),
+        }
+    };
+    assert_eq!(ask("test", 0, 2, 1).await, None);
+    assert_eq!(ask("other", 0, 2, 1).await, Some(Code::FailedPrecondition));
+    assert_eq!(ask("test", 1, 2, 1).await, Some(Code::NotFound));
+    assert_eq!(ask("test", 0, 9, 1).await, Some(Code::FailedPrecondition));
+    assert_eq!(ask("test", 0, 2, 3).await, Some(Code::FailedPrecondition));
+}
+
+/// A repairer whose peers are reached at this address.
+fn repairer(node: &Node) -> Repairer {
+    Repairer::new(RepairParts {
+        readers: HashMap::from([(SHARD, node.reader.clone())]),
+        peers: peers(),
+        checkpoints: node.checkpoints.clone(),
+        damaged: node.damaged.0.clone(),
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_at_home_is_made_good_from_a_peer() {
+    let (mut source, mut node) = (Node::new(1), Node::new(2));
+    for node in [&mut source, &mut node] {
+        let volume = node.create_volume();
+        node.write(volume, 0..4, 0);
+        node.checkpoints.attempt().await;
+    }
+    let volume = node.reader.volumes()[0].id;
+    let (address, _stop) = source.serve().await;
+    // The registration tells where the peer is.
+    let registration = nbd_store::ReplicaRegistration {
+        node: "n1".parse().unwrap(),
+        directory: 1,
+        addresses: info(1, &address.to_string()).addresses,
+    };
+    node.apply(&nbd_store::encode_register_replica(&registration, id(4)).unwrap());
+
+    // One bit in each slot, so that whichever holds the chunk is damaged.
+    for slot in 0..16 {
+        node.disk.flip_bit("data", slot * CHUNK + 5);
+    }
+    let page = node.reader.scrub(None, 100).unwrap();
+    assert_eq!(page.damaged.len(), 4);
+    let repairer = repairer(&node);
+    let block = vec![3; 4096];
+    let found = repairer.fetch(SHARD, volume, 2 * 16, crc32c(&block)).await;
+    assert_eq!(found.as_deref(), Some(&block[..]));
+    assert_eq!(repairer.fetch(SHARD, volume, 2 * 16, 1).await, None, "nobody has such a block");
+
+    let mut reported = node.damaged.1.take().unwrap();
+    let scheduled = tokio::time::timeout(Duration::from_secs(10), reported.recv()).await;
+    assert_eq!(scheduled.unwrap().unwrap().chunk, nbd_store::ChunkIndex(2));
+    for damaged in page.damaged {
+        assert!(repairer.repair(damaged).await);
+    }
+    assert!(node.reader.scrub(None, 100).unwrap().damaged.is_empty());
+    assert!(node.content(volume) == source.content(volume));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn jobs_given_after_the_end_are_turned_down() {
+    let node = Node::new(1);
+    let checkpoints = node.checkpoints.clone();
+    drop(node);
+    let refused = checkpoints.write_chunks(SHARD, Vec::new()).await;
+    assert!(matches!(refused, Err(crate::checkpoint_thread::JobError::Stopped)));
+}

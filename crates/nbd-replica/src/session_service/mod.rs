@@ -1,0 +1,221 @@
+//! The leader's side of what other nodes forward: the gRPC service `Session`.
+//!
+//! Everything a peer says is checked before it counts: that it means this cluster and a shard that
+//! is here, that lengths are within their bounds, that commands are whole and every piece of a
+//! payload has its checksum.
+//!
+//! - [`attach`]: one session's stream.
+//! - This file: the calls, and the checks that they share.
+
+mod attach;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use nbd_rpc::identity::check_cluster;
+use nbd_rpc::v1::session_server::{Session, SessionServer};
+use nbd_rpc::{MESSAGE_BYTES_MAX, Refusal, v1};
+use nbd_store::{CommandKind, VolumeInfo, decode_all};
+use nbd_topology::ShardId;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::budget::ByteBudget;
+use crate::group_task::RunError;
+use crate::shard_client::{ShardClient, wire};
+
+/// Sessions of other nodes that may be attached here. Each costs a few KiB while it is idle.
+const ATTACHMENTS_MAX: usize = 16_384;
+
+/// Bytes of requests that all sessions attached from other nodes may hold here together. Apart from
+/// the budget of this node's own clients: theirs may be waiting for the other node's, and would
+/// wait for ever if it was waiting for them. 64 MiB keep two nodes' worth of writes in the log's
+/// pipe.
+const BYTES_MAX: u64 = 64 << 20;
+
+/// Messages that wait for a slow caller, 1 MiB each at most.
+const REPLIES_MAX: usize = 4;
+
+/// Bytes of volume descriptions in one page.
+const PAGE_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes that a description takes beside its texts, generously.
+const PAGE_ITEM_BYTES: usize = 64;
+
+/// Serves the shards of this node to the other nodes.
+#[derive(Debug, Clone)]
+pub(crate) struct SessionService {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    shards: HashMap<ShardId, ShardClient>,
+    budget: ByteBudget,
+    attachments: Arc<Semaphore>,
+}
+
+/// The service, to be added to the node's gRPC server.
+pub(crate) fn service(shards: HashMap<ShardId, ShardClient>) -> SessionServer<SessionService> {
+    let budget = ByteBudget::new(BYTES_MAX);
+    let attachments = Arc::new(Semaphore::new(ATTACHMENTS_MAX));
+    let shared = Arc::new(Shared { shards, budget, attachments });
+    SessionServer::new(SessionService { shared })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+impl Shared {
+    /// The shard that is meant.
+    fn shard(&self, target: Option<&v1::ShardTarget>) -> Result<&ShardClient, Refusal> {
+        let target = target.ok_or(Refusal::Malformed("no shard is named"))?;
+        let shard = ShardId(target.shard);
+        let Some(client) = self.shards.get(&shard) else {
+            // Of two clusters that differ in their shards, the cluster is what is wrong.
+            if let Some(any) = self.shards.values().next() {
+                check_cluster(&target.cluster, &any.access.cluster)?;
+            }
+            return Err(Refusal::Shard(shard));
+        };
+        check_cluster(&target.cluster, &client.access.cluster)?;
+        Ok(client)
+    }
+}
+
+/// Who leads instead, as far as is known here.
+fn not_leader(shard: &ShardClient) -> v1::NotLeader {
+    let route = shard.group.route();
+    let route = route.borrow();
+    // Who does not serve yet, itself, cannot be asked either.
+    let leader = route.leader.as_ref().filter(|leader| !leader.local);
+    v1::NotLeader {
+        term: route.term.0,
+        node: leader.map(|leader| leader.node.to_string()).unwrap_or_default(),
+        grpc: leader.map(|leader| leader.grpc.clone()).unwrap_or_default(),
+    }
+}
+
+fn stopping() -> Status {
+    Status::unavailable("this node is stopping")
+}
+
+/// A look-up that this replica could not do: somebody else leads, or nobody.
+fn not_looked_up(shard: &ShardClient, error: &RunError) -> Result<v1::NotLeader, Status> {
+    match error {
+        RunError::NotLeader | RunError::Lost => Ok(not_leader(shard)),
+        RunError::Stopped(_) => Err(stopping()),
+    }
+}
+
+/// Refuses commands that belong to an attachment, or that are none.
+fn check_run(command: &[u8]) -> Result<(), Refusal> {
+    let mut commands = decode_all(command);
+    let Some(Ok(decoded)) = commands.next() else {
+        return Err(Refusal::Malformed("a command that is none"));
+    };
+    let may_run = !matches!(
+        decoded.header.kind,
+        CommandKind::Write
+            | CommandKind::Trim
+            | CommandKind::WriteZeroes
+            | CommandKind::OpenSession
+            // Through `Admin.Join`, which knows who may.
+            | CommandKind::RegisterReplica
+    );
+    if !may_run || commands.next().is_some() {
+        return Err(Refusal::Malformed("one command that needs no attachment is run at a time"));
+    }
+    Ok(())
+}
+
+/// As many volumes as fit in one page.
+fn page(volumes: &[VolumeInfo]) -> v1::VolumePage {
+    let mut bytes = 0;
+    let fitting = volumes.iter().take_while(|volume| {
+        bytes += volume.name.len() + volume.description.len() + PAGE_ITEM_BYTES;
+        bytes <= PAGE_BYTES_MAX
+    });
+    v1::VolumePage { volumes: fitting.map(wire::volume_to).collect() }
+}
+
+#[tonic::async_trait]
+impl Session for SessionService {
+    type AttachStream = ReceiverStream<Result<v1::AttachReply, Status>>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<v1::AttachRequest>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let Ok(place) = Arc::clone(&self.shared.attachments).try_acquire_owned() else {
+            let what = "attached sessions of other nodes";
+            return Err(Refusal::TooMany { what, limit: ATTACHMENTS_MAX }.into());
+        };
+        let (replies, outgoing) = mpsc::channel(REPLIES_MAX);
+        let shared = Arc::clone(&self.shared);
+        let Some(any) = shared.shards.values().next() else { return Err(stopping()) };
+        let shutdown = any.access.shutdown.clone();
+        shutdown.spawn(async move {
+            attach::serve(&shared, request.into_inner(), replies).await;
+            drop(place);
+        });
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    async fn run(
+        &self,
+        request: Request<v1::RunRequest>,
+    ) -> Result<Response<v1::RunReply>, Status> {
+        use v1::run_reply::Result as Reply;
+        let request = request.into_inner();
+        let shard = self.shared.shard(request.target.as_ref())?;
+        check_run(&request.command)?;
+        let result = if shard.group.route().borrow().serving {
+            match shard.group.run(request.command).await {
+                Ok(outcome) => wire::outcome_to(&outcome).map_or_else(
+                    || Err(Status::internal("an outcome that cannot be told")),
+                    |outcome| Ok(Reply::Outcome(outcome)),
+                )?,
+                Err(RunError::NotLeader) => Reply::NotLeader(not_leader(shard)),
+                Err(RunError::Lost) => Reply::Lost(v1::Empty {}),
+                Err(RunError::Stopped(_)) => return Err(stopping()),
+            }
+        } else {
+            Reply::NotLeader(not_leader(shard))
+        };
+        Ok(Response::new(v1::RunReply { result: Some(result) }))
+    }
+
+    async fn describe(
+        &self,
+        request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeReply>, Status> {
+        use v1::describe_reply::Result as Reply;
+        let request = request.into_inner();
+        let shard = self.shared.shard(request.target.as_ref())?;
+        let find = || shard.group.reader().volume_by_name(&request.name);
+        let result = match shard.look(find).await {
+            Ok(Some(volume)) => Reply::Volume(wire::volume_to(&volume)),
+            Ok(None) => Reply::Unknown(v1::Empty {}),
+            Err(error) => Reply::NotLeader(not_looked_up(shard, &error)?),
+        };
+        Ok(Response::new(v1::DescribeReply { result: Some(result) }))
+    }
+
+    async fn list(
+        &self,
+        request: Request<v1::ListRequest>,
+    ) -> Result<Response<v1::ListReply>, Status> {
+        use v1::list_reply::Result as Reply;
+        let request = request.into_inner();
+        let shard = self.shared.shard(request.target.as_ref())?;
+        let result = match shard.look(|| shard.group.reader().volumes()).await {
+            Ok(volumes) => {
+                let first = volumes.partition_point(|volume| volume.id.0 <= request.after);
+                Reply::Page(page(&volumes[first..]))
+            }
+            Err(error) => Reply::NotLeader(not_looked_up(shard, &error)?),
+        };
+        Ok(Response::new(v1::ListReply { result: Some(result) }))
+    }
+}

@@ -1,0 +1,24 @@
+//! A minute of everything that can happen to three replicas, under a load that checks each answer.
+//! `cargo xtask chaos --minutes N` does the same in release for as long as one likes.
+
+use std::time::Duration;
+
+use nbd_testkit::chaos::{ChaosOptions, run};
+use nbd_testkit::load::LoadOptions;
+
+/// How long faults go on; start and final checks take some seconds more.
+const DURATION: Duration = Duration::from_secs(50);
+
+#[test]
+fn three_replicas_keep_their_promises_in_chaos() {
+    let seed = match std::env::var("CINDERBLOCK_SEED") {
+        Ok(seed) => seed.parse().expect("CINDERBLOCK_SEED is a number"),
+        Err(_) => rand::random(),
+    };
+    let load = LoadOptions { pace: 200, ..LoadOptions::default() };
+    let options = ChaosOptions { seed, duration: DURATION, load, program: None, directory: None };
+    let report = run(&options).unwrap_or_else(|failure| panic!("{failure}"));
+    println!("{report}");
+    assert!(report.faults >= 5, "{} faults are too few to show anything", report.faults);
+    assert!(report.checked >= 500, "{} operations are too few to show anything", report.checked);
+}
