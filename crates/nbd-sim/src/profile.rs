@@ -20,6 +20,8 @@ pub enum FaultKind {
     /// The same while one follower has not heard from it for long, and the other has just lost
     /// power and comes back at once.
     CornerLeader,
+    /// A leader stands still for longer than its lease, and its connections break meanwhile.
+    PauseLeader,
     /// A node loses power, and comes back.
     Crash,
     /// A node loses power in the middle of a checkpoint, and comes back.
@@ -48,10 +50,11 @@ pub enum FaultKind {
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Partition,
         Self::CutLeader,
         Self::CornerLeader,
+        Self::PauseLeader,
         Self::Crash,
         Self::CrashInCheckpoint,
         Self::Blackout,
@@ -71,7 +74,7 @@ impl FaultKind {
         match self {
             Self::Pause | Self::Reset | Self::Transfer => 700 * MILLISECOND,
             Self::Partition | Self::Crash | Self::Disconnect => SECOND,
-            Self::CutLeader | Self::CornerLeader => 1_500 * MILLISECOND,
+            Self::CutLeader | Self::CornerLeader | Self::PauseLeader => 1_500 * MILLISECOND,
             Self::CrashInCheckpoint => SECOND,
             Self::BitFlip | Self::FrontCrash | Self::FailedSync => 2 * SECOND,
             Self::FullDisk | Self::Blackout | Self::Wipe => 3 * SECOND,
@@ -128,6 +131,8 @@ pub struct Profile {
     pub hot_sectors: u64,
     /// Clients.
     pub clients: usize,
+    /// Chance of a client to choose a node's own front end rather than a balancer, in millionths.
+    pub at_nodes_ppm: u32,
     /// Requests of all clients together.
     pub operations: u32,
     /// Requests that a client has under way, at most.
@@ -198,6 +203,7 @@ impl Profile {
             sectors,
             hot_sectors: rng.random_range(4..=48).min(sectors),
             clients: rng.random_range(2..=4),
+            at_nodes_ppm: 300_000,
             operations: rng.random_range(80..=300),
             depth: rng.random_range(1..=4),
             think_max: rng.span(MILLISECOND, 60 * MILLISECOND),
@@ -230,13 +236,13 @@ impl Profile {
 
 impl Profile {
     /// The names of [`Self::named`].
-    pub const NAMES: [&'static str; 6] =
-        ["calm", "elections", "leases", "sessions", "checkpoints", "log"];
+    pub const NAMES: [&'static str; 8] =
+        ["calm", "elections", "cut", "corner", "pauses", "sessions", "checkpoints", "log"];
 
     /// A profile of a certain kind; what else there is to it comes from the seed. `calm` is without
     /// faults; the others look at one thing closely: elections with nodes that lose power, reads
-    /// while leaders are cut off, sessions that are attached anew, checkpoints that power fails in,
-    /// a log that goes round.
+    /// while leaders are cut off, cornered or standing still, sessions that are attached anew,
+    /// checkpoints that power fails in, a log that goes round.
     #[must_use]
     pub fn named(name: &str, seed: u64) -> Option<Self> {
         let mut rng = Streams::new(seed).of(Purpose::Profile);
@@ -253,20 +259,13 @@ impl Profile {
                     (FaultKind::Transfer, 500 * MILLISECOND),
                 ]
             }
-            "leases" => {
-                profile.nodes = 3;
-                (profile.clients, profile.volumes, profile.shards) = (4, 1, 1);
-                (profile.hot_sectors, profile.reads_ppm, profile.operations) = (3, 600_000, 500);
-                profile.think_max = 6 * MILLISECOND;
-                profile.read_mode = ReadMode::Lease;
-                (profile.depth, profile.drift, profile.long_writes_ppm) = (3, true, 0);
-                profile.network.spike_ppm = if rng.random() { 100_000 } else { 0 };
-                profile.network.spike_max = 250 * MILLISECOND;
-                &[
-                    (FaultKind::CutLeader, 700 * MILLISECOND),
-                    (FaultKind::CornerLeader, 900 * MILLISECOND),
-                    (FaultKind::Pause, 500 * MILLISECOND),
-                ]
+            "cut" | "corner" | "pauses" => {
+                profile.watch_leases(&mut rng);
+                match name {
+                    "cut" => &[(FaultKind::CutLeader, 1_200 * MILLISECOND)],
+                    "corner" => &[(FaultKind::CornerLeader, 1_800 * MILLISECOND)],
+                    _ => &[(FaultKind::PauseLeader, 1_200 * MILLISECOND)],
+                }
             }
             "sessions" => {
                 (profile.hot_sectors, profile.reads_ppm) = (4, 400_000);
@@ -302,5 +301,18 @@ impl Profile {
         };
         profile.faults.extend(faults.iter().copied());
         Some(profile)
+    }
+
+    /// Many short requests for the same few sectors, at nodes that may still take themselves for
+    /// leaders.
+    fn watch_leases(&mut self, rng: &mut StdRng) {
+        self.nodes = 3;
+        (self.clients, self.volumes, self.shards) = (4, 1, 1);
+        (self.hot_sectors, self.reads_ppm, self.operations) = (3, 600_000, 2_000);
+        (self.depth, self.think_max, self.long_writes_ppm) = (2, 5 * MILLISECOND, 0);
+        (self.read_mode, self.drift) = (ReadMode::Lease, true);
+        self.at_nodes_ppm = 900_000;
+        self.network.spike_ppm = if rng.random() { 100_000 } else { 0 };
+        self.network.spike_max = 250 * MILLISECOND;
     }
 }

@@ -83,9 +83,11 @@ impl World {
     fn connect(&mut self, client: usize) {
         let up: Vec<usize> = (0..self.fronts.len()).filter(|at| self.fronts[*at].up).collect();
         let nodes = self.profile.nodes;
-        let balancers = up.iter().copied().filter(|at| *at >= nodes).collect::<Vec<_>>();
+        let at_node = self.workload.rng.chance(self.profile.at_nodes_ppm);
+        let fits = |front: &usize| (*front < nodes) == at_node;
+        let chosen: Vec<usize> = up.iter().copied().filter(fits).collect();
+        let among = if chosen.is_empty() { &up } else { &chosen };
         let rng = &mut self.workload.rng;
-        let among = if rng.chance(600_000) && !balancers.is_empty() { &balancers } else { &up };
         if among.is_empty() {
             self.plan_reconnect(client);
             return;

@@ -29,7 +29,7 @@ const WATCH_INTERVAL: Nanos = 150 * MILLISECOND;
 const SILENCE_MAX: Nanos = 500 * MILLISECOND;
 
 /// How long a single command may take.
-const CHORE_TIMEOUT: Nanos = 600 * MILLISECOND;
+const CHORE_TIMEOUT: Nanos = 300 * MILLISECOND;
 
 /// A front end.
 #[derive(Debug)]
@@ -168,7 +168,7 @@ impl World {
         let nodes = self.nodes.len();
         let guess = &mut self.fronts[front].guess[shard.0 as usize];
         *guess = hint.unwrap_or_else(|| self.rng.random_range(0..nodes));
-        let wait = self.rng.span(MILLISECOND, 40 * MILLISECOND);
+        let wait = self.rng.span(MILLISECOND, 20 * MILLISECOND);
         self.schedule.after(wait, Planned::Attach { client, generation });
     }
 

@@ -1,5 +1,6 @@
 //! What goes wrong.
 
+use nbd_consensus::Role;
 use nbd_log::io::{Disk, MemoryDisk, OpenMode};
 use nbd_shard::Event;
 use nbd_topology::ShardId;
@@ -28,8 +29,11 @@ pub(super) struct Nemesis {
 pub(super) enum Relief {
     /// These hosts reach those again.
     Unblock(Vec<(Host, Host)>),
-    /// A leader that one node has not heard from for a while is cut off altogether.
+    /// One node does not hear a leader, and is to stand for election.
     Corner { leader: usize, deaf: usize },
+    /// That node is about to stand again: the leader is cut off altogether, and the others forget
+    /// when they heard from it.
+    Forget { leader: usize, deaf: usize },
     /// The node's disk has room again.
     Room(usize),
 }
@@ -56,10 +60,15 @@ impl World {
         let Some(mean) = self.profile.faults.get(&kind).copied() else { return };
         let wait = self.nemesis.rng.span(mean / 4, 7 * mean / 4);
         self.schedule.after(wait, Planned::Strike(kind));
+        if self.volumes.iter().any(|volume| volume.id.is_none()) {
+            // Nobody would notice yet.
+            return;
+        }
         match kind {
             FaultKind::Partition => self.partition(),
             FaultKind::CutLeader => self.cut_leader(),
             FaultKind::CornerLeader => self.corner_leader(),
+            FaultKind::PauseLeader => self.pause_leader(),
             FaultKind::Crash => self.crash_one(),
             FaultKind::CrashInCheckpoint => self.crash_in_checkpoint(),
             FaultKind::Blackout => self.blackout(),
@@ -158,13 +167,31 @@ impl World {
         self.struck(FaultKind::CornerLeader, leader);
         let deaf = (leader + 1) % self.nodes.len();
         self.network.block(leader, deaf, true);
-        let wait = self.nemesis.rng.span(300 * MILLISECOND, 700 * MILLISECOND);
-        let corner = Relief::Corner { leader, deaf };
-        self.schedule.after(wait, Planned::Relief(corner));
+        self.corner(leader, deaf);
     }
 
-    /// The second half of cornering a leader.
+    /// Waits until the deaf node has stood for election once, in vain, and then takes the others'
+    /// memory just before it stands again.
     fn corner(&mut self, leader: usize, deaf: usize) {
+        let shard = ShardId(0);
+        if self.phase != Phase::Busy || self.leader_of(shard) != Some(leader) {
+            self.network.block(leader, deaf, false);
+            return;
+        }
+        let running = self.nodes[deaf].running.as_ref();
+        let role = running.and_then(|r| r.groups.get(&shard)).map(|g| g.replica.brief().role);
+        let (wait, next) = if role == Some(Role::PreCandidate) {
+            let early = self.nemesis.rng.span(5 * MILLISECOND, 60 * MILLISECOND);
+            let wait = self.election_wait(deaf).saturating_sub(early);
+            (wait, Relief::Forget { leader, deaf })
+        } else {
+            (2 * MILLISECOND, Relief::Corner { leader, deaf })
+        };
+        self.schedule.after(wait, Planned::Relief(next));
+    }
+
+    /// The last part of cornering a leader.
+    fn make_forget(&mut self, leader: usize, deaf: usize) {
         self.network.block(leader, deaf, false);
         if self.phase != Phase::Busy || self.leader_of(ShardId(0)) != Some(leader) {
             return;
@@ -176,10 +203,18 @@ impl World {
             if self.nodes[n].running.is_some() {
                 self.stop_node(n, false);
                 self.lose_power(n);
-                let wait = self.nemesis.rng.span(MILLISECOND, 15 * MILLISECOND);
+                let wait = self.nemesis.rng.span(100_000, 3 * MILLISECOND);
                 self.schedule.after(wait, Planned::Restart { node: n });
             }
         }
+    }
+
+    fn pause_leader(&mut self) {
+        let Some(leader) = self.leader_of(ShardId(0)) else { return };
+        self.struck(FaultKind::PauseLeader, leader);
+        self.refuse_connections(leader);
+        let wait = self.nemesis.rng.span(300 * MILLISECOND, 900 * MILLISECOND);
+        self.paused[leader] = self.paused[leader].max(self.schedule.now().plus(wait));
     }
 
     /// Tells a node that its connection to a peer broke.
@@ -199,6 +234,7 @@ impl World {
                 }
             }
             Relief::Corner { leader, deaf } => self.corner(leader, deaf),
+            Relief::Forget { leader, deaf } => self.make_forget(leader, deaf),
             Relief::Room(n) => {
                 self.nodes[n].cramped = false;
                 self.nodes[n].disk.set_capacity(DISK_BYTES);

@@ -24,7 +24,7 @@ use crate::ledger::Mirror;
 use crate::network::{ConnectionId, Parcel, Side};
 use crate::profile::Profile;
 use crate::random::Draw;
-use crate::time::{DRIFT_PPM_MAX, MILLISECOND, NodeClock, SECOND};
+use crate::time::{DRIFT_PPM_MAX, MILLISECOND, Nanos, NodeClock, SECOND};
 
 /// One unit of Raft's time.
 const TICK: Duration = Duration::from_millis(25);
@@ -106,7 +106,7 @@ impl Node {
             node: self.name.clone(),
             shards: (0..profile.shards).map(ShardId).collect(),
             segment_bytes: SEGMENT_BYTES,
-            log_bytes_max: 5 * SEGMENT_BYTES,
+            log_bytes_max: 6 * SEGMENT_BYTES,
             log_cache_bytes: profile.log_cache_bytes,
             checkpoint_log_bytes: SEGMENT_BYTES,
             meta_cache_bytes: 1 << 20,
@@ -296,6 +296,9 @@ impl World {
         config.read_mode = self.profile.read_mode;
         config.restarted = restarted;
         config.cache_bytes_max = self.profile.log_cache_bytes;
+        // Little beside the log, which cannot let go of what is not applied.
+        config.uncommitted_bytes_max = 512 << 10;
+        config.entry_bytes_max = 512 << 10;
         #[cfg(feature = "planted-faults")]
         if let crate::plant::Plant::Consensus(fault) = self.plant {
             config.fault = Some(fault);
@@ -320,6 +323,12 @@ impl World {
             resync: None,
         };
         running.groups.insert(shard, hosted);
+    }
+
+    /// How long a node really waits between standing for election twice.
+    pub(super) fn election_wait(&self, n: usize) -> Nanos {
+        let node = &self.nodes[n];
+        node.clock.true_span(TICK * (ELECTION_TICKS + node.extra_ticks))
     }
 
     pub(super) fn on_tick(&mut self, n: usize, life: u32) {

@@ -273,15 +273,15 @@ impl World {
         self.close_server_side(n, connection);
     }
 
-    /// The node that leads a shard and serves, if any does.
+    /// The node that leads a shard and serves, if any does. An older leader may not know yet that
+    /// it was deposed.
     pub(super) fn leader_of(&self, shard: ShardId) -> Option<usize> {
-        (0..self.nodes.len()).find(|n| {
-            let running = self.nodes[*n].running.as_ref();
-            running.and_then(|running| running.groups.get(&shard)).is_some_and(|group| {
-                let brief = group.replica.brief();
-                brief.role == Role::Leader && brief.serving
-            })
-        })
+        let leads = |n: &usize| {
+            let running = self.nodes[*n].running.as_ref()?;
+            let brief = running.groups.get(&shard)?.replica.brief();
+            (brief.role == Role::Leader && brief.serving).then_some(brief.term)
+        };
+        (0..self.nodes.len()).filter(|n| leads(n).is_some()).max_by_key(leads)
     }
 }
 
