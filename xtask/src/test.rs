@@ -10,7 +10,7 @@ mod summary;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::ops::AddAssign;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::Context as _;
 
@@ -69,7 +69,7 @@ fn try_run(root: &Path, args: &[String]) -> anyhow::Result<Totals> {
     let target = target_directory(root)?;
     let skip_log = target.join(format!("skipped-tests-{}.log", std::process::id()));
     std::fs::write(&skip_log, "").with_context(|| format!("create {}", skip_log.display()))?;
-    let result = run_cargo_test(root, &target, &skip_log, args);
+    let result = run_all(root, &target, &skip_log, args);
     let log =
         std::fs::read_to_string(&skip_log).with_context(|| format!("read {}", skip_log.display()));
     let _ = std::fs::remove_file(&skip_log);
@@ -82,15 +82,24 @@ fn try_run(root: &Path, args: &[String]) -> anyhow::Result<Totals> {
     Ok(totals)
 }
 
-fn run_cargo_test(
-    root: &Path,
-    target: &Path,
-    skip_log: &Path,
-    args: &[String],
-) -> anyhow::Result<Totals> {
-    let mut command = process::cargo(root);
-    command.args(["test", "--locked", "--workspace", "--no-fail-fast"]).args(args);
-    command.env(SKIP_LOG, skip_log).env(BIN_DIR, target.join("debug"));
+fn run_all(root: &Path, target: &Path, skip_log: &Path, args: &[String]) -> anyhow::Result<Totals> {
+    let mut tests = process::cargo(root);
+    tests.args(["test", "--locked", "--workspace", "--no-fail-fast"]).args(args);
+    tests.env(SKIP_LOG, skip_log).env(BIN_DIR, target.join("debug"));
+    let mut totals = run_cargo_test(tests)?;
+    if !args.is_empty() {
+        return Ok(totals);
+    }
+    // Mistakes made on purpose are not built into what the other tests start; and thousands of
+    // seeds want to be fast.
+    let mut planted = process::cargo(root);
+    planted.args(["test", "--locked", "--release", "--package", "nbd-sim", "--test", "planted"]);
+    planted.args(["--features", "planted-faults", "--target-dir"]).arg(target.join("planted"));
+    totals += run_cargo_test(planted)?;
+    Ok(totals)
+}
+
+fn run_cargo_test(mut command: Command) -> anyhow::Result<Totals> {
     println!("$ {}", process::show(&command));
     let mut child = command.stdout(Stdio::piped()).spawn().context("start cargo test")?;
     let stdout = child.stdout.take().context("cargo test has no standard output")?;

@@ -2,9 +2,10 @@
 
 use nbd_store::VolumeId;
 
-use crate::history::{SECTOR_BYTES, Value};
+use crate::history::Value;
 
-const SECTOR: usize = SECTOR_BYTES as usize;
+const SECTOR: usize = 512;
+const _: () = assert!(SECTOR as u64 == crate::history::SECTOR_BYTES);
 
 /// A sector whose bytes no operation can have written there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -35,8 +35,11 @@ pub struct Mirror {
     /// Entries on stable storage: index and term.
     durable: BTreeMap<u64, Term>,
     /// Appends not yet on stable storage, oldest first.
-    under_way: Vec<(u64, Option<HardState>, Vec<(u64, Term)>)>,
+    under_way: Vec<UnderWay>,
 }
+
+/// An append: its number, the hard state and the entries in it.
+type UnderWay = (u64, Option<HardState>, Vec<(u64, Term)>);
 
 impl Mirror {
     /// The log of a replica that starts with what its store found.
@@ -271,7 +274,7 @@ impl Model {
                 }
                 CommandKind::EndSessions => self.sessions.retain(|_, session| {
                     let of = session.owner;
-                    of.node != owner.node || of.incarnation == owner.incarnation
+                    of.node != owner.node || of.incarnation >= owner.incarnation
                 }),
                 // Names are not repeated, and no world reaches a limit.
                 CommandKind::CreateVolume

@@ -102,11 +102,7 @@ fn config(args: Args) -> Result<Config, Failure> {
     // A node on its own has no peers that would have to find it: any port will do.
     let anywhere = HostPort::of_node(&"127.0.0.1".parse()?, 0);
     let listen = NodeAddresses { grpc: anywhere, ..addresses.clone() };
-    let nodes = vec![cluster::NodeConfig {
-        name: node.clone(),
-        addresses,
-        listen,
-    }];
+    let nodes = vec![cluster::NodeConfig { name: node.clone(), addresses, listen }];
     let volumes = VolumePolicy { auto_create: true, default_size: args.size };
     let cluster = ClusterConfig::new(args.name, nodes, vec![vec![node.clone()]], volumes)
         .map_err(Failure::usage)?;

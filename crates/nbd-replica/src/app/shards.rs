@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use nbd_consensus::GroupConfig;
+use nbd_consensus::{GroupConfig, limits};
 use nbd_log::log::LogReader;
 use nbd_service::Shutdown;
 use nbd_shard::ShardReplica;
@@ -115,6 +115,9 @@ impl ShardStarter {
         settings.is_sound = nbd_store::command::is_sound;
         settings.tick = RAFT_TICK;
         settings.restarted = was_formed;
+        let log_bytes_max = self.config.tuning.log_bytes_max.bytes();
+        settings.uncommitted_bytes_max =
+            uncommitted_bytes_max(log_bytes_max, self.config.shards.len());
         let retention = if sole_voter {
             // Nobody will ever ask for entries that are applied.
             settings.cache_bytes_max = 0;
@@ -142,5 +145,35 @@ impl ShardStarter {
             sole_voter,
             abandon: self.abandon.clone(),
         })
+    }
+}
+
+/// How far a shard may be logged ahead of what is committed: all shards of the node together fill a
+/// quarter of the log at most. Entries that are not committed cannot be applied, so no checkpoint
+/// frees them, and a log full of them would have no room for what commits them.
+fn uncommitted_bytes_max(log_bytes_max: u64, shards: usize) -> usize {
+    let share = log_bytes_max / 4 / shards.max(1) as u64;
+    let share = usize::try_from(share).unwrap_or(usize::MAX);
+    share.clamp(limits::ENTRY_BYTES_MAX, limits::UNCOMMITTED_BYTES_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    #[test]
+    fn a_log_cannot_fill_with_what_is_not_committed() {
+        for (log, shards, expected) in [
+            (1024, 1, 64),
+            (1024, 64, 4),
+            (128, 4, 8),
+            // One entry must fit, whatever the log.
+            (16, 64, 2),
+        ] {
+            let bytes = uncommitted_bytes_max(log << 20, shards);
+            assert_eq!(bytes, expected * MIB, "{log} MiB, {shards} shards");
+        }
     }
 }

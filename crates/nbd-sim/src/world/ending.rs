@@ -61,6 +61,7 @@ impl World {
     fn heal(&mut self) {
         let now = self.schedule.now();
         self.workload.left = 0;
+        self.workload.quiet = false;
         self.phase = Phase::Healing { since: now };
         self.network.calm();
         self.profile.disk.stall_ppm = 0;
@@ -147,13 +148,12 @@ impl World {
     /// Looks at everything there is.
     fn judge(&mut self) {
         self.phase = Phase::Over;
-        let looks: [fn(&mut Self) -> Result<(), Breach>; 3] =
-            [Self::judge_history, Self::judge_replicas, Self::judge_digests];
-        for look in looks {
-            if let Err(breach) = look(self) {
-                self.fail(breach);
-                return;
-            }
+        let judgement = self
+            .judge_history()
+            .and_then(|()| self.judge_replicas())
+            .and_then(|()| self.judge_digests());
+        if let Err(breach) = judgement {
+            self.fail(breach);
         }
     }
 

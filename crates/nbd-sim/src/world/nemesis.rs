@@ -29,6 +29,8 @@ pub(super) struct Nemesis {
 pub(super) enum Relief {
     /// These hosts reach those again.
     Unblock(Vec<(Host, Host)>),
+    /// One node, which has everything, hears a leader no more.
+    Deafen { leader: usize, deaf: usize },
     /// One node does not hear a leader, and is to stand for election.
     Corner { leader: usize, deaf: usize },
     /// That node is about to stand again: the leader is cut off altogether, and the others forget
@@ -166,8 +168,9 @@ impl World {
         let Some(leader) = self.leader_of(ShardId(0)) else { return };
         self.struck(FaultKind::CornerLeader, leader);
         let deaf = (leader + 1) % self.nodes.len();
-        self.network.block(leader, deaf, true);
-        self.corner(leader, deaf);
+        self.workload.quiet = true;
+        let next = Relief::Deafen { leader, deaf };
+        self.schedule.after(120 * MILLISECOND, Planned::Relief(next));
     }
 
     /// Waits until the deaf node has stood for election once, in vain, and then takes the others'
@@ -176,6 +179,7 @@ impl World {
         let shard = ShardId(0);
         if self.phase != Phase::Busy || self.leader_of(shard) != Some(leader) {
             self.network.block(leader, deaf, false);
+            self.workload.quiet = false;
             return;
         }
         let running = self.nodes[deaf].running.as_ref();
@@ -193,6 +197,7 @@ impl World {
     /// The last part of cornering a leader.
     fn make_forget(&mut self, leader: usize, deaf: usize) {
         self.network.block(leader, deaf, false);
+        self.workload.quiet = false;
         if self.phase != Phase::Busy || self.leader_of(ShardId(0)) != Some(leader) {
             return;
         }
@@ -232,6 +237,10 @@ impl World {
                 for (from, to) in pairs {
                     self.network.block(from, to, false);
                 }
+            }
+            Relief::Deafen { leader, deaf } => {
+                self.network.block(leader, deaf, true);
+                self.corner(leader, deaf);
             }
             Relief::Corner { leader, deaf } => self.corner(leader, deaf),
             Relief::Forget { leader, deaf } => self.make_forget(leader, deaf),
