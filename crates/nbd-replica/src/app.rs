@@ -504,7 +504,8 @@ fn serve_probes(
 }
 
 /// Tells this life of the process from earlier ones: higher than theirs, as long as the machine's
-/// clock is not set back by more than a life lasts. If it is, sessions of the life before stay open.
+/// clock is not set back by more than a life lasts. If it is, sessions of the life before stay
+/// open.
 fn incarnation() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
