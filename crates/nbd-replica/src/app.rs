@@ -206,7 +206,7 @@ impl Replica {
             cluster: config.cluster.name().clone(),
             owner: Owner {
                 node: xxh3_64(config.node.as_str().as_bytes()),
-                incarnation: rand::random(),
+                incarnation: incarnation(),
             },
             links: Links::default(),
             room: Room { space, checkpoints: checkpoints.clone() },
@@ -476,4 +476,11 @@ fn serve_probes(
             warn!(%error, "the HTTP server ended");
         }
     });
+}
+
+/// Tells this life of the process from earlier ones: higher than theirs, as long as the machine's
+/// clock is not set back by more than a life lasts. If it is, sessions of the life before stay open.
+fn incarnation() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }

@@ -271,7 +271,7 @@ impl Model {
                 }
                 CommandKind::EndSessions => self.sessions.retain(|_, session| {
                     let of = session.owner;
-                    of.node != owner.node || of.incarnation == owner.incarnation
+                    of.node != owner.node || of.incarnation >= owner.incarnation
                 }),
                 // Names are not repeated, and no world reaches a limit.
                 CommandKind::CreateVolume

@@ -308,8 +308,8 @@ impl Profile {
     fn watch_leases(&mut self, rng: &mut StdRng) {
         self.nodes = 3;
         (self.clients, self.volumes, self.shards) = (4, 1, 1);
-        (self.hot_sectors, self.reads_ppm, self.operations) = (3, 600_000, 2_000);
-        (self.depth, self.think_max, self.long_writes_ppm) = (2, 5 * MILLISECOND, 0);
+        (self.hot_sectors, self.reads_ppm, self.operations) = (3, 600_000, 4_000);
+        (self.depth, self.think_max, self.long_writes_ppm) = (2, 10 * MILLISECOND, 0);
         (self.read_mode, self.drift) = (ReadMode::Lease, true);
         self.at_nodes_ppm = 900_000;
         self.network.spike_ppm = if rng.random() { 100_000 } else { 0 };

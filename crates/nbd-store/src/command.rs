@@ -529,7 +529,7 @@ pub fn encode_add_counter(addend: i64) -> Bytes {
     encode_header_only(&metadata_header(CommandKind::AddCounter, addend.cast_unsigned()))
 }
 
-/// Ends all sessions of `owner.node` that another incarnation than `owner.incarnation` holds.
+/// Ends all sessions of `owner.node` that an earlier incarnation than `owner.incarnation` holds.
 #[must_use]
 pub fn encode_end_sessions(owner: Owner) -> Bytes {
     let mut header = metadata_header(CommandKind::EndSessions, owner.incarnation);

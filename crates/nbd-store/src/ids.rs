@@ -28,7 +28,7 @@ pub struct ChunkIndex(pub u64);
 pub struct Owner {
     /// The node: XXH3-64 of its name.
     pub node: u64,
-    /// Tells this life of the node's process from earlier ones.
+    /// Tells this life of the node's process from earlier ones: higher than theirs.
     pub incarnation: u64,
 }
 

@@ -27,12 +27,14 @@ const LAST_READ_SECTORS: u64 = 128;
 pub(super) struct Workload {
     pub(super) rng: StdRng,
     pub(super) left: u32,
+    /// Clients only read for a while: who was not heard from then misses nothing.
+    pub(super) quiet: bool,
     numbers: u64,
 }
 
 impl Workload {
     pub(super) const fn new(rng: StdRng, operations: u32) -> Self {
-        Self { rng, left: operations, numbers: 0 }
+        Self { rng, left: operations, quiet: false, numbers: 0 }
     }
 
     /// A number not used before.
@@ -147,7 +149,7 @@ impl World {
     fn ask(&mut self, client: usize) {
         let mut range = self.draw_range();
         let rng = &mut self.workload.rng;
-        if rng.chance(self.profile.reads_ppm) {
+        if rng.chance(self.profile.reads_ppm) || self.workload.quiet {
             self.ask_read(client, range);
             return;
         }

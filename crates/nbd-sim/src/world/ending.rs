@@ -61,6 +61,7 @@ impl World {
     fn heal(&mut self) {
         let now = self.schedule.now();
         self.workload.left = 0;
+        self.workload.quiet = false;
         self.phase = Phase::Healing { since: now };
         self.network.calm();
         self.profile.disk.stall_ppm = 0;

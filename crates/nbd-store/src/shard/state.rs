@@ -323,7 +323,8 @@ impl Metadata {
 
     fn end_sessions(&mut self, owner: Owner) -> Outcome {
         let before = self.sessions.len();
-        let stays = |of: Owner| of.node != owner.node || of.incarnation == owner.incarnation;
+        // Not those of later ones: the command may have been on its way for long.
+        let stays = |of: Owner| of.node != owner.node || of.incarnation >= owner.incarnation;
         self.sessions.retain(|_, session| stays(session.owner));
         let ended = before - self.sessions.len();
         Outcome::SessionsEnded(u32::try_from(ended).expect("sessions are bounded"))
