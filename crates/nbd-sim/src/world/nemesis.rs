@@ -1,6 +1,5 @@
 //! What goes wrong.
 
-use nbd_consensus::Role;
 use nbd_log::io::{Disk, MemoryDisk, OpenMode};
 use nbd_shard::Event;
 use nbd_topology::ShardId;
@@ -31,9 +30,7 @@ pub(super) enum Relief {
     Unblock(Vec<(Host, Host)>),
     /// One node, which has everything, hears a leader no more.
     Deafen { leader: usize, deaf: usize },
-    /// One node does not hear a leader, and is to stand for election.
-    Corner { leader: usize, deaf: usize },
-    /// That node is about to stand again: the leader is cut off altogether, and the others forget
+    /// That node is about to stand for election: the leader is cut off altogether, and the others forget
     /// when they heard from it.
     Forget { leader: usize, deaf: usize },
     /// The node's disk has room again.
@@ -165,33 +162,25 @@ impl World {
     }
 
     fn corner_leader(&mut self) {
-        let Some(leader) = self.leader_of(ShardId(0)) else { return };
+        let Some(leader) = self.leader_of(ShardId(0)).filter(|_| !self.workload.quiet) else {
+            return;
+        };
         self.struck(FaultKind::CornerLeader, leader);
-        let deaf = (leader + 1) % self.nodes.len();
+        let others = (0..self.nodes.len()).filter(|n| *n != leader);
+        let soonest = others.min_by_key(|n| self.election_wait(*n));
+        let deaf = soonest.unwrap_or_default();
         self.workload.quiet = true;
         let next = Relief::Deafen { leader, deaf };
         self.schedule.after(120 * MILLISECOND, Planned::Relief(next));
     }
 
-    /// Waits until the deaf node has stood for election once, in vain, and then takes the others'
-    /// memory just before it stands again.
-    fn corner(&mut self, leader: usize, deaf: usize) {
-        let shard = ShardId(0);
-        if self.phase != Phase::Busy || self.leader_of(shard) != Some(leader) {
-            self.network.block(leader, deaf, false);
-            self.workload.quiet = false;
-            return;
-        }
-        let running = self.nodes[deaf].running.as_ref();
-        let role = running.and_then(|r| r.groups.get(&shard)).map(|g| g.replica.brief().role);
-        let (wait, next) = if role == Some(Role::PreCandidate) {
-            let early = self.nemesis.rng.span(5 * MILLISECOND, 60 * MILLISECOND);
-            let wait = self.election_wait(deaf).saturating_sub(early);
-            (wait, Relief::Forget { leader, deaf })
-        } else {
-            (2 * MILLISECOND, Relief::Corner { leader, deaf })
-        };
-        self.schedule.after(wait, Planned::Relief(next));
+    /// Lets one node hear nothing of the leader any more, and takes the others' memory just before
+    /// it stands for election.
+    fn deafen(&mut self, leader: usize, deaf: usize) {
+        self.network.block(leader, deaf, true);
+        let early = self.nemesis.rng.span(5 * MILLISECOND, 90 * MILLISECOND);
+        let wait = self.election_wait(deaf).saturating_sub(early);
+        self.schedule.after(wait, Planned::Relief(Relief::Forget { leader, deaf }));
     }
 
     /// The last part of cornering a leader.
@@ -238,11 +227,7 @@ impl World {
                     self.network.block(from, to, false);
                 }
             }
-            Relief::Deafen { leader, deaf } => {
-                self.network.block(leader, deaf, true);
-                self.corner(leader, deaf);
-            }
-            Relief::Corner { leader, deaf } => self.corner(leader, deaf),
+            Relief::Deafen { leader, deaf } => self.deafen(leader, deaf),
             Relief::Forget { leader, deaf } => self.make_forget(leader, deaf),
             Relief::Room(n) => {
                 self.nodes[n].cramped = false;
