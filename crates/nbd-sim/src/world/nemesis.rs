@@ -30,8 +30,8 @@ pub(super) enum Relief {
     Unblock(Vec<(Host, Host)>),
     /// One node, which has everything, hears a leader no more.
     Deafen { leader: usize, deaf: usize },
-    /// That node is about to stand for election: the leader is cut off altogether, and the others forget
-    /// when they heard from it.
+    /// That node is about to stand for election: the leader is cut off altogether, and the others
+    /// forget when they heard from it.
     Forget { leader: usize, deaf: usize },
     /// The node's disk has room again.
     Room(usize),
