@@ -20,7 +20,7 @@ use nbd_store::{
     CheckpointError, CheckpointReport, Checkpointer, ChunkImage, ChunkKey, ChunkRun, DamagedChunk,
     FormError, Formation, ReceiveError, SpaceGauge,
 };
-use nbd_topology::{ReplicaId, ShardId};
+use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
@@ -66,7 +66,7 @@ type Reply<T, E> = oneshot::Sender<Result<T, E>>;
 /// Something for the owner of the store to do.
 enum Work {
     Form(ShardId, Box<Formation>, Reply<(), FormError>),
-    WriteChunks(ShardId, Vec<ChunkImage>, Reply<(), ReceiveError>),
+    WriteChunks(ShardId, LogIndex, Vec<ChunkImage>, Reply<(), ReceiveError>),
     RemoveAbsent(ShardId, Absent, Reply<u64, ReceiveError>),
     Install(ShardId, Box<InstallPlan>, Reply<(), ReceiveError>),
     Replace(ShardId, Box<ChunkImage>, Reply<bool, ReceiveError>),
@@ -76,6 +76,8 @@ enum Work {
 /// last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Absent {
+    /// An entry that the peer's list covers.
+    pub(crate) upto: LogIndex,
     pub(crate) after: Option<ChunkKey>,
     pub(crate) next: Option<ChunkKey>,
     pub(crate) present: Vec<ChunkRun>,
@@ -165,13 +167,14 @@ impl CheckpointHandle {
         self.run(|reply| Work::Form(shard, Box::new(formation), reply)).await
     }
 
-    /// Takes over chunks of a peer, durably.
+    /// Takes over chunks of a peer, durably, of which its checkpoint covers entries up to `upto`.
     pub(crate) async fn write_chunks(
         &self,
         shard: ShardId,
+        upto: LogIndex,
         images: Vec<ChunkImage>,
     ) -> Result<(), JobError<ReceiveError>> {
-        self.run(|reply| Work::WriteChunks(shard, images, reply)).await
+        self.run(|reply| Work::WriteChunks(shard, upto, images, reply)).await
     }
 
     /// Removes chunks that a peer does not have. Returns how many.
@@ -325,17 +328,17 @@ impl CheckpointThread {
                 }
                 let _ = reply.send(done);
             }
-            Work::WriteChunks(shard, images, reply) => {
-                let done = store.write_chunks(shard, images);
+            Work::WriteChunks(shard, upto, images, reply) => {
+                let done = store.write_chunks(shard, upto, images);
                 self.received(done, reply, "taking over chunks");
             }
-            Work::RemoveAbsent(shard, Absent { after, next, present }, reply) => {
-                let done = store.remove_absent(shard, after, next, &present);
+            Work::RemoveAbsent(shard, Absent { upto, after, next, present }, reply) => {
+                let done = store.remove_absent(shard, upto, after, next, &present);
                 self.received(done, reply, "removing chunks");
             }
             Work::Install(shard, plan, reply) => {
                 let state = hard_state(&plan);
-                let done = store.install(shard, &plan.snapshot, state, plan.log_floor);
+                let done = store.install(shard, &plan.snapshot, state);
                 self.received(done, reply, "installing a snapshot");
             }
             Work::Replace(shard, image, reply) => {

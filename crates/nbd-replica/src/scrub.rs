@@ -13,7 +13,7 @@ use std::time::Duration;
 use metrics::{Counter, counter};
 use nbd_rpc::v1;
 use nbd_store::{ChunkImage, ChunkIndex, ChunkKey, ReadError, ReceiveError, ShardReader, VolumeId};
-use nbd_topology::{ReplicaId, ShardId};
+use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -120,17 +120,28 @@ impl Comparer {
     ) -> Result<usize, CompareError> {
         let source = self.source(reader, leader, grpc)?;
         self.checkpoints.attempt().await;
-        let local = reader.clone();
-        let applied = blocking(move || local.snapshot()).await?.applied;
-        source.snapshot(applied, applied).await?;
+        covered_by_both(reader, &source).await?;
         let differing = self.differing(reader, &source).await?;
         for &key in &differing {
+            // Anew each time: checkpoints go on here, and older chunks are refused.
+            let upto = covered_by_both(reader, &source).await?;
             if let Some(image) = source.fetch_one(key).await? {
-                self.checkpoints.write_chunks(reader.shard(), vec![image]).await?;
+                self.checkpoints.write_chunks(reader.shard(), upto, vec![image]).await?;
             }
         }
         Ok(differing.len())
     }
+}
+
+/// Waits until the source's checkpoint covers what the one here does: entries up to this one.
+async fn covered_by_both(
+    reader: &ShardReader,
+    source: &ChunkSource,
+) -> Result<LogIndex, CompareError> {
+    let local = reader.clone();
+    let applied = blocking(move || local.snapshot()).await?.applied;
+    source.snapshot(applied, applied).await?;
+    Ok(applied)
 }
 
 /// | name | meaning |

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use nbd_consensus::{Append, Entry, HardState, OutMessage, ReadyNumber, SnapshotOffer};
-use nbd_log::log::LogPosition;
 use nbd_store::{EntryPlace, Outcome, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, ReplicaId, Term};
 
@@ -95,8 +94,6 @@ pub struct InstallPlan {
     pub snapshot: ShardSnapshot,
     /// Newest term and vote of this replica.
     pub hard_state: HardState,
-    /// Everything written for this group before this position is void from then on.
-    pub log_floor: LogPosition,
 }
 
 /// What a step wants done. The lists are in order; between them there is none.

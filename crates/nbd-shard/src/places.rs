@@ -17,7 +17,7 @@ const fn end(place: &EntryPlace) -> LogPosition {
 #[derive(Debug)]
 pub(crate) struct Places {
     entries: VecDeque<EntryPlace>,
-    /// End of the newest data written for this group, superseded entries included.
+    /// End of the newest data written for this group, as far as that is known.
     written: LogPosition,
 }
 
@@ -26,11 +26,6 @@ impl Places {
     pub(crate) fn new(entries: Vec<EntryPlace>) -> Self {
         let written = entries.iter().map(end).max().unwrap_or(LogPosition(0));
         Self { entries: entries.into(), written }
-    }
-
-    /// End of everything that was ever written for this group: what comes later lies behind.
-    pub(crate) const fn written(&self) -> LogPosition {
-        self.written
     }
 
     /// Notes newly persisted entries. A newer record of an index replaces the older one and all
@@ -117,7 +112,6 @@ mod tests {
         places.persisted(vec![place(3, 2, 9000), place(4, 2, 9100)]);
         assert_eq!(places.get(LogIndex(3)), Some(place(3, 2, 9000)));
         assert_eq!(places.get(LogIndex(5)), None);
-        assert_eq!(places.written(), LogPosition(9200));
         assert_eq!(places.range(LogIndex(2), LogIndex(4), 200).len(), 2);
         assert_eq!(places.range(LogIndex(2), LogIndex(4), 1).len(), 1);
         assert!(places.range(LogIndex(2), LogIndex(5), 1000).is_empty());

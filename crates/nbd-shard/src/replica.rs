@@ -255,11 +255,7 @@ impl<R> ShardReplica<R> {
         }
         let membership = snapshot.membership.clone();
         self.install = Install::Running { index, term, membership };
-        actions.install = Some(InstallPlan {
-            snapshot,
-            hard_state: self.group.hard_state(),
-            log_floor: self.places.written(),
-        });
+        actions.install = Some(InstallPlan { snapshot, hard_state: self.group.hard_state() });
     }
 
     fn finish_install(&mut self, now: Timestamp, actions: &mut Actions<R>) {

@@ -188,8 +188,7 @@ fn a_follower_beyond_the_log_switches_to_a_snapshot() {
         vote: plan.hard_state.vote.map_or(0, nbd_topology::ReplicaId::get),
         commit: plan.hard_state.commit,
     };
-    let floor = plan.log_floor;
-    node.checkpointer.install(common::SHARD, &plan.snapshot, hard_state, floor).unwrap();
+    node.checkpointer.install(common::SHARD, &plan.snapshot, hard_state).unwrap();
     cluster.step(2, Event::Installed);
     cluster.run(60);
     assert_eq!(cluster.nodes[2].replica.applied(), cluster.nodes[0].replica.applied());

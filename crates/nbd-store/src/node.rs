@@ -360,7 +360,7 @@ fn open_log(
             }
             (Some(scan), ScannedRecord::Entry(entry)) => {
                 let floor = records[&shard].log_floor;
-                if position >= floor && segment_of(position) == segment_of(floor) {
+                if position > floor && segment_of(position) == segment_of(floor) {
                     let (lowest, highest) =
                         behind.entry(shard).or_insert((entry.index, entry.index));
                     *lowest = entry.index.min(*lowest);

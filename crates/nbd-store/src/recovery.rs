@@ -8,8 +8,8 @@
 //! ```
 //!
 //! The newest record of an index counts, and makes what was above it void: records are seen in the
-//! order of writing, so an entry at an index cuts off everything from that index on. Entries before
-//! the shard's log floor are void from the start: a snapshot took their place.
+//! order of writing, so an entry at an index cuts off everything from that index on. Entries that do
+//! not lie behind the shard's log floor are void from the start: a snapshot took their place.
 
 use bytes::{Bytes, BytesMut};
 use nbd_log::checksum::crc32c;
@@ -124,7 +124,7 @@ impl ShardScan {
 
     /// An entry: it voids what was at its index and above.
     pub(crate) fn see_entry(&mut self, entry: &ScannedEntry<'_>, position: LogPosition) {
-        if position < self.checkpoint.log_floor {
+        if position <= self.checkpoint.log_floor {
             return;
         }
         let next = self.entries.last().map(|last| last.index.next());

@@ -159,7 +159,7 @@ pub enum ReceiveError {
     /// The snapshot is damaged, is another shard's, or is in another format.
     #[error("the snapshot is damaged or is not of this shard")]
     BadSnapshot,
-    /// The snapshot is older than what was applied here.
+    /// The snapshot, or the chunks that belong to it, are older than what is here.
     #[error("the snapshot covers entry {snapshot}, but entry {applied} was applied already")]
     Stale {
         /// What the snapshot covers.

@@ -157,8 +157,9 @@ impl Walk<'_> {
                 images.extend(self.source.reader.read_chunk(volume, chunk).unwrap());
                 self.fetched += 1;
             }
-            node.checkpointer.write_chunks(SHARD, images)?;
-            node.checkpointer.remove_absent(SHARD, after, page.next, &page.present)?;
+            let upto = snapshot.applied;
+            node.checkpointer.write_chunks(SHARD, upto, images)?;
+            node.checkpointer.remove_absent(SHARD, upto, after, page.next, &page.present)?;
             // The old log is applied meanwhile, and comes home over what was fetched.
             let to = (node.writer.applied().0 as usize + 2).min(appended);
             apply(node, self.history, to);
@@ -173,8 +174,7 @@ impl Walk<'_> {
 
 fn install(node: &mut Node, snapshot: &ShardSnapshot) -> Result<(), ReceiveError> {
     let hard_state = HardState { term: TERM, vote: 2, commit: snapshot.applied };
-    let floor = node.segments.next_position();
-    node.checkpointer.install(SHARD, snapshot, hard_state, floor)?;
+    node.checkpointer.install(SHARD, snapshot, hard_state)?;
     assert_eq!(node.reader.applied(), snapshot.applied);
     node.index = snapshot.applied;
     Ok(())
@@ -343,13 +343,82 @@ fn a_chunk_that_the_old_log_brings_back_goes_again() {
     let page = source.reader.manifest(LogIndex(4), None, 100).unwrap();
     assert_eq!(page.chunks.len(), 1);
     let image = source.reader.read_chunk(volume, ChunkIndex(11)).unwrap().unwrap();
-    node.checkpointer.write_chunks(SHARD, vec![image]).unwrap();
-    let removed = node.checkpointer.remove_absent(SHARD, None, page.next, &page.present).unwrap();
+    let (store, upto) = (&mut node.checkpointer, snapshot.applied);
+    store.write_chunks(SHARD, upto, vec![image]).unwrap();
+    let removed = store.remove_absent(SHARD, upto, None, page.next, &page.present).unwrap();
     assert_eq!(removed, 1, "chunk 9");
     apply(&mut node, &history, 6);
     node.checkpoint().unwrap();
     assert_eq!(node.reader.manifest(LogIndex(0), None, 100).unwrap().chunks.len(), 4);
     finish(&mut node, &mut source, &history, &snapshot);
+}
+
+#[test]
+fn a_transfer_that_the_log_has_overtaken_is_refused() {
+    let (source_disk, disk) = (MemoryDisk::new(1), MemoryDisk::new(2));
+    let (mut source, mut node) = (reopen(&source_disk).unwrap(), reopen(&disk).unwrap());
+    let volume = VolumeId((u64::from(SHARD.0) << 32) | 1);
+    let create = encode_create_volume("v", SIZE as u64, "").unwrap();
+    let write = |at: u64| Op::Write { offset: at * CHUNK as u64, len: 4096, fill: at };
+    let trim = Op::Trim { offset: 3 * CHUNK as u64, len: CHUNK as u64 };
+    let ops = [write(3), write(5), trim, write(9)];
+    let mut model = Model::new(SIZE);
+    ops.iter().for_each(|op| model.apply(*op));
+    let mut entries = vec![create, common::open_session(volume)];
+    entries.extend((1..).zip(ops).map(|(seq, op)| op.encode(seq, volume)));
+    let history = History { entries, volume, model, rng: StdRng::seed_from_u64(1), seq: 100 };
+
+    // The source has not yet trimmed chunk 3, nor written chunk 9, when it is asked.
+    follow(&mut source, &history, 4, 4);
+    source.checkpoint().unwrap();
+    let upto = source.reader.snapshot().unwrap().applied;
+    let page = source.reader.manifest(LogIndex::ZERO, None, 100).unwrap();
+    assert_eq!(page.chunks.len(), 2);
+    let image = |at| source.reader.read_chunk(volume, ChunkIndex(at)).unwrap().unwrap();
+    let images = vec![image(3), image(5)];
+    // Its answer is late: the log has brought all of that home here by then.
+    let end = history.entries.len();
+    follow(&mut node, &history, end, end);
+    node.checkpoint().unwrap();
+    let written = node.checkpointer.write_chunks(SHARD, upto, images);
+    assert!(matches!(written, Err(ReceiveError::Stale { .. })), "{written:?}");
+    let removed = node.checkpointer.remove_absent(SHARD, upto, None, page.next, &page.present);
+    assert!(matches!(removed, Err(ReceiveError::Stale { .. })), "{removed:?}");
+    history.model.check(&node, volume).unwrap();
+}
+
+#[test]
+fn the_very_last_entry_of_the_old_log_is_void_too() {
+    // It may be an empty one, as leaders begin their terms with, whose data ends where it begins:
+    // at the end of the log if the record fills its block.
+    let (source_disk, mut found) = (MemoryDisk::new(1), 0);
+    let mut source = reopen(&source_disk).unwrap();
+    source.propose(encode_add_counter(42)).unwrap();
+    source.checkpoint().unwrap();
+    let snapshot = source.reader.snapshot().unwrap();
+    for filling in 0..4096_usize {
+        let disk = MemoryDisk::new(2);
+        let mut node = reopen(&disk).unwrap();
+        let filling = vec![0; filling];
+        let entry = |index, data| {
+            let (index, kind) = (LogIndex(index), EntryKind::Command);
+            Record::Entry(EntryRecord { shard: SHARD, index, term: Term(2), kind, data })
+        };
+        let empty = Bytes::new();
+        let filling = Bytes::from(filling);
+        let records = [entry(1, &filling), entry(2, &empty), entry(3, &empty)];
+        let positions = node.log.append(&records).unwrap();
+        if positions[2] < node.segments.next_position() {
+            continue;
+        }
+        found += 1;
+        install(&mut node, &snapshot).unwrap();
+        drop(node);
+        let node = reopen(&disk).unwrap();
+        assert_eq!(node.raft.kept, [], "nothing of it comes back");
+        assert_eq!(node.reader.counter(), 42);
+    }
+    assert!(found > 0, "no record ends where its block does");
 }
 
 #[test]
@@ -365,7 +434,7 @@ fn what_was_fetched_before_a_crash_is_not_fetched_again() {
         assert_eq!((image.last_index, image.data.len() as u64), (stamp.last_index, stamp.bytes));
         image
     });
-    node.checkpointer.write_chunks(SHARD, images.collect()).unwrap();
+    node.checkpointer.write_chunks(SHARD, page.applied, images.collect()).unwrap();
     node.checkpoint().unwrap();
     drop(node);
     let mut node = reopen(&disk.after_crash_as(CrashStyle::Clean, 1)).unwrap();
@@ -420,7 +489,8 @@ fn nothing_damaged_foreign_or_old_is_taken_over() {
     bad[4].zero |= good.present;
     bad[5].crcs[0] ^= 1;
     for image in bad {
-        let result = node.checkpointer.write_chunks(SHARD, vec![good.clone(), image]);
+        let images = vec![good.clone(), image];
+        let result = node.checkpointer.write_chunks(SHARD, page.applied, images);
         assert!(matches!(result, Err(ReceiveError::BadChunk { .. })), "{result:?}");
     }
     assert!(!node.reader.has_chunk(stamp.volume, stamp.chunk, stamp.last_index).unwrap());

@@ -251,7 +251,8 @@ impl SegmentPool {
         }
     }
 
-    /// Where the next batch will lie, or before. Everything in the log lies before.
+    /// Where the next batch will lie, or before. The data of every entry in the log begins at this
+    /// position or before it (at it only if there is none), and that of every later one behind it.
     #[must_use]
     pub fn next_position(&self) -> LogPosition {
         let state = self.state.lock();

@@ -207,10 +207,10 @@ impl<G: ResyncGroup> ResyncDriver<G> {
 
     /// Switches the store over, and tells the group. The group does nothing else until then.
     async fn install(&self, plan: InstallPlan) -> Ended {
-        let InstallPlan { snapshot, hard_state, log_floor } = plan;
+        let InstallPlan { snapshot, hard_state } = plan;
         loop {
             let snapshot = snapshot.clone();
-            let plan = InstallPlan { snapshot, hard_state, log_floor };
+            let plan = InstallPlan { snapshot, hard_state };
             match self.parts.checkpoints.install(self.shard, plan).await {
                 Ok(()) => break,
                 Err(JobError::Stopped) => return Ended::Stopped,
@@ -257,14 +257,14 @@ impl<G: ResyncGroup> ResyncDriver<G> {
                 let (chunks, present, next) = (page.chunks, page.present, page.next);
                 Ok(Got::Page { chunks, present, next })
             }
-            Want::Fetch { chunks } => {
+            Want::Fetch { chunks, upto } => {
                 let missing = self.missing(chunks).await?;
-                self.fetch(&source, missing).await?;
+                self.fetch(&source, upto, missing).await?;
                 Ok(Got::Stored)
             }
-            Want::Refetch { chunks } => {
+            Want::Refetch { chunks, upto } => {
                 warn!(shard = %self.shard, chunks = chunks.len(), "fetching what differs again");
-                self.fetch(&source, chunks).await?;
+                self.fetch(&source, upto, chunks).await?;
                 Ok(Got::Stored)
             }
             Want::Remove(absent) => {
@@ -315,7 +315,12 @@ impl<G: ResyncGroup> ResyncDriver<G> {
     }
 
     /// Fetches chunks and stores them: while one batch is stored, the next one arrives.
-    async fn fetch(&self, source: &ChunkSource, chunks: Vec<ChunkKey>) -> Result<(), StepError> {
+    async fn fetch(
+        &self,
+        source: &ChunkSource,
+        upto: LogIndex,
+        chunks: Vec<ChunkKey>,
+    ) -> Result<(), StepError> {
         if chunks.is_empty() {
             return Ok(());
         }
@@ -333,7 +338,7 @@ impl<G: ResyncGroup> ResyncDriver<G> {
             }
             if batch_bytes >= STORE_BYTES {
                 finish(storing.take()).await?;
-                storing = Some(self.store(std::mem::take(&mut batch)));
+                storing = Some(self.store(upto, std::mem::take(&mut batch)));
                 self.parts.throttle.take(batch_bytes as u64).await;
                 batch_bytes = 0;
             }
@@ -341,17 +346,17 @@ impl<G: ResyncGroup> ResyncDriver<G> {
         finish(storing).await?;
         if !batch.is_empty() {
             self.parts.throttle.take(batch_bytes as u64).await;
-            finish(Some(self.store(batch))).await?;
+            finish(Some(self.store(upto, batch))).await?;
         }
         Ok(())
     }
 
     /// Starts to store a batch.
-    fn store(&self, batch: Vec<ChunkImage>) -> Storing {
+    fn store(&self, upto: LogIndex, batch: Vec<ChunkImage>) -> Storing {
         let bytes = batch.iter().map(|image| image.data.len() as u64).sum();
         self.meter.stored(batch.len(), bytes);
         let (checkpoints, shard) = (self.parts.checkpoints.clone(), self.shard);
-        tokio::spawn(async move { checkpoints.write_chunks(shard, batch).await })
+        tokio::spawn(async move { checkpoints.write_chunks(shard, upto, batch).await })
     }
 
     /// Compares one page of digests.

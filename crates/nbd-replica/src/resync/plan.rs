@@ -55,10 +55,11 @@ pub(crate) enum Want {
     Snapshot { since: LogIndex },
     /// Ask for a page of the manifest.
     Page { since: LogIndex, after: Option<ChunkKey> },
-    /// Fetch these chunks and store them, but for those that are here in this version.
-    Fetch { chunks: Vec<ChunkStamp> },
+    /// Fetch these chunks, of a source that covers entries up to `upto`, and store them, but for
+    /// those that are here in this version.
+    Fetch { chunks: Vec<ChunkStamp>, upto: LogIndex },
     /// Fetch these chunks and store them whatever is here.
-    Refetch { chunks: Vec<ChunkKey> },
+    Refetch { chunks: Vec<ChunkKey>, upto: LogIndex },
     /// Remove what the source does not have.
     Remove(Absent),
     /// Compare a page of digests, of what entries up to `upto` made.
@@ -189,7 +190,8 @@ impl Resync {
     fn walk(&self, now: Duration, mut walk: Walk, got: Got) -> State {
         match got {
             Got::Page { chunks, present, next } => {
-                let absent = Absent { after: walk.after, next, present };
+                let upto = walk.snapshot.applied;
+                let absent = Absent { upto, after: walk.after, next, present };
                 walk.page = Some((chunks, absent));
                 State::Walking(walk)
             }
@@ -273,13 +275,13 @@ impl Resync {
                 Some((chunks, absent)) if chunks.is_empty() => Want::Remove(absent.clone()),
                 Some((chunks, _)) => {
                     let chunks = chunks[..chunks.len().min(FETCH_CHUNKS_MAX)].to_vec();
-                    Want::Fetch { chunks }
+                    Want::Fetch { chunks, upto: walk.snapshot.applied }
                 }
             },
             State::Comparing(at) if at.verified => Want::Ready(at.snapshot.clone()),
             State::Comparing(at) if !at.refetch.is_empty() => {
                 let chunks = at.refetch[..at.refetch.len().min(FETCH_CHUNKS_MAX)].to_vec();
-                Want::Refetch { chunks }
+                Want::Refetch { chunks, upto: at.snapshot.applied }
             }
             State::Comparing(at) => Want::Compare { after: at.after, upto: at.snapshot.applied },
             State::Told => Want::Pause(PAUSE_MAX),

@@ -185,11 +185,7 @@ impl Node {
     fn driver(&self, bytes_per_second: u64) -> (Arc<ResyncDriver<FakeGroup>>, ResyncHandle) {
         let (handle, inbox) = inbox();
         let parts = ResyncParts {
-            group: FakeGroup {
-                reader: self.reader.clone(),
-                resync: handle.clone(),
-                log_floor: self.end,
-            },
+            group: FakeGroup { reader: self.reader.clone(), resync: handle.clone() },
             checkpoints: self.checkpoints.clone(),
             peers: peers(),
             throttle: Arc::new(Throttle::new(bytes_per_second)),
@@ -224,7 +220,6 @@ fn peers() -> Arc<ChunkPeers> {
 struct FakeGroup {
     reader: ShardReader,
     resync: ResyncHandle,
-    log_floor: LogPosition,
 }
 
 impl ResyncGroup for FakeGroup {
@@ -234,7 +229,7 @@ impl ResyncGroup for FakeGroup {
 
     async fn resync_ready(&self, snapshot: ShardSnapshot) -> Result<(), GroupStopped> {
         let hard_state = HardState { term: TERM, vote: None, commit: snapshot.applied };
-        self.resync.install(InstallPlan { snapshot, hard_state, log_floor: self.log_floor });
+        self.resync.install(InstallPlan { snapshot, hard_state });
         Ok(())
     }
 
@@ -403,6 +398,6 @@ async fn jobs_given_after_the_end_are_turned_down() {
     let node = Node::new(1);
     let checkpoints = node.checkpoints.clone();
     drop(node);
-    let refused = checkpoints.write_chunks(SHARD, Vec::new()).await;
+    let refused = checkpoints.write_chunks(SHARD, LogIndex::ZERO, Vec::new()).await;
     assert!(matches!(refused, Err(crate::checkpoint_thread::JobError::Stopped)));
 }

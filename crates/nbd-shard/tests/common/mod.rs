@@ -274,9 +274,10 @@ impl Cluster {
             source.read_chunk(stamp.volume, stamp.chunk).unwrap().unwrap()
         };
         let images: Vec<_> = page.chunks.iter().map(image).collect();
-        self.nodes[to].checkpointer.write_chunks(SHARD, images).unwrap();
+        let (checkpointer, upto) = (&mut self.nodes[to].checkpointer, snapshot.applied);
+        checkpointer.write_chunks(SHARD, upto, images).unwrap();
         assert_eq!(page.next, None);
-        self.nodes[to].checkpointer.remove_absent(SHARD, None, None, &page.present).unwrap();
+        checkpointer.remove_absent(SHARD, upto, None, None, &page.present).unwrap();
         snapshot
     }
 }

@@ -91,10 +91,8 @@ impl World {
         else {
             return;
         };
-        if resync.snapshot.is_none() {
-            let Ok(snapshot) = reader.snapshot() else { return };
-            resync.snapshot = Some(snapshot);
-        } else {
+        let upto = resync.snapshot.as_ref().map(|snapshot| snapshot.applied);
+        if let Some(upto) = upto {
             let Ok(page) = reader.manifest(resync.since, resync.after, PAGE_CHUNKS) else { return };
             let mut images = Vec::new();
             for stamp in &page.chunks {
@@ -105,11 +103,13 @@ impl World {
             }
             let Some(running) = &mut self.nodes[n].running else { return };
             let checkpointer = &mut running.checkpointer;
-            let taken = checkpointer.write_chunks(shard, images).and_then(|()| {
-                checkpointer.remove_absent(shard, resync.after, page.next, &page.present)
+            let taken = checkpointer.write_chunks(shard, upto, images).and_then(|()| {
+                checkpointer.remove_absent(shard, upto, resync.after, page.next, &page.present)
             });
             match taken {
                 Ok(_) => {}
+                // The log has come further meanwhile: no transfer is needed, or another one.
+                Err(ReceiveError::Stale { .. }) => return,
                 Err(error) => {
                     self.on_receive_error(n, &error);
                     return;
@@ -117,6 +117,9 @@ impl World {
             }
             resync.after = page.next;
             resync.is_done = page.next.is_none();
+        } else {
+            let Ok(snapshot) = reader.snapshot() else { return };
+            resync.snapshot = Some(snapshot);
         }
         let ready = resync.is_done.then(|| resync.snapshot.clone()).flatten();
         if let Some(group) = self.hosted(n, shard) {
@@ -150,7 +153,7 @@ impl World {
         let vote = plan.hard_state.vote.map_or(0, ReplicaId::get);
         let (term, commit) = (plan.hard_state.term, plan.hard_state.commit);
         let state = HardState { term, vote, commit };
-        match running.checkpointer.install(shard, &plan.snapshot, state, plan.log_floor) {
+        match running.checkpointer.install(shard, &plan.snapshot, state) {
             Ok(()) => {
                 self.count("snapshots installed");
                 self.step(n, shard, Event::Installed);

@@ -4,7 +4,9 @@
 //! overlays. Chunks that were fetched are as new as the source's base or newer, and so hold all
 //! that any entry of the old log did to them. Those entries may still be applied, now or again
 //! after a crash, and checkpoints may run: `Checkpointer::place` leaves a home alone that is newer
-//! than a change. What it must not leave is a chunk that the source does not have, and that an
+//! than a change. Should the log go on after all, past what the source had when it was asked, then
+//! nothing of the transfer is taken any more once a checkpoint has brought that home. What
+//! `Checkpointer::place` must not leave is a chunk that the source does not have, and that an
 //! entry of the old log brings back after it was removed: such chunks are noted, and go when the
 //! snapshot is installed. After a crash nothing is noted, but then the manifest is walked again
 //! from its start.
@@ -128,17 +130,20 @@ impl Checkpointer {
     /// Takes over chunks of another replica, of volumes known here or not. Durable on return, all
     /// or none; those of which a newer version is at home are left out.
     ///
-    /// The source's base must be at or behind every entry that this shard's log may still apply,
-    /// which is so if a snapshot of it is newer than the log; see [`crate::transfer`].
+    /// `upto` is an entry that the source's own checkpoint covered when it was asked for them: the
+    /// index of its snapshot. What the log has brought home here by then is in the images too; see
+    /// [`crate::transfer`].
     ///
     /// # Errors
-    /// [`ReceiveError::BadChunk`], or the store has no room or failed.
+    /// [`ReceiveError::BadChunk`]; [`ReceiveError::Stale`] if the checkpoint here is beyond `upto`;
+    /// or the store has no room or failed.
     pub fn write_chunks(
         &mut self,
         shard: ShardId,
+        upto: LogIndex,
         images: Vec<ChunkImage>,
     ) -> Result<(), ReceiveError> {
-        self.find(shard).ok_or(ReceiveError::UnknownShard)?;
+        self.refuse_overtaken(shard, upto)?;
         images.iter().try_for_each(|image| check_image(shard, image))?;
         self.receiving.entry(shard).or_default();
         self.attempt(|this| {
@@ -157,17 +162,20 @@ impl Checkpointer {
 
     /// Removes the chunks of the shard with keys in `(after, next]` (`None`: from the first, to the
     /// last) that are not among `present`, as in a [`crate::ManifestPage`]. Returns their number.
+    /// `upto` is an entry that the page covers, as for [`Self::write_chunks`].
     ///
     /// # Errors
-    /// The store has no room or failed.
+    /// [`ReceiveError::Stale`] if the checkpoint here is beyond `upto`, or the store has no room or
+    /// failed.
     pub fn remove_absent(
         &mut self,
         shard: ShardId,
+        upto: LogIndex,
         after: Option<ChunkKey>,
         next: Option<ChunkKey>,
         present: &[ChunkRun],
     ) -> Result<u64, ReceiveError> {
-        self.find(shard).ok_or(ReceiveError::UnknownShard)?;
+        self.refuse_overtaken(shard, upto)?;
         self.receiving.entry(shard).or_default();
         let mut present = present.to_vec();
         present.sort_unstable_by_key(|run| (run.volume, run.start));
@@ -222,9 +230,8 @@ impl Checkpointer {
     /// none that it had not, are here. Atomic, durable on return; readers see the new state at
     /// once.
     ///
-    /// `hard_state` is Raft's own, of which term and vote count. Entries of the shard that lie
-    /// before `log_floor` in the log ([`nbd_log::log::SegmentPool::next_position`]) are void from
-    /// then on; no entry of the shard may be on its way to the log.
+    /// `hard_state` is Raft's own, of which term and vote count. All entries of the shard that are
+    /// in the log are void from then on; none may be on its way there.
     ///
     /// # Errors
     /// [`ReceiveError::BadSnapshot`], [`ReceiveError::Stale`] or [`ReceiveError::Overtaken`], or
@@ -234,7 +241,6 @@ impl Checkpointer {
         shard: ShardId,
         snapshot: &ShardSnapshot,
         hard_state: HardState,
-        log_floor: LogPosition,
     ) -> Result<(), ReceiveError> {
         let target = self.find(shard).ok_or(ReceiveError::UnknownShard)?;
         let metadata = snapshot::decode(shard, snapshot).ok_or(ReceiveError::BadSnapshot)?;
@@ -247,6 +253,7 @@ impl Checkpointer {
             self.receiving.insert(shard, Receiving::default());
             return Err(ReceiveError::Overtaken);
         }
+        let log_floor = self.segments.next_position();
         self.attempt(|this| {
             let record = this.record_of(shard, &metadata, hard_state, log_floor);
             this.try_install(&target, record, metadata, &stray.unwrap_or_default())
@@ -281,6 +288,17 @@ impl Checkpointer {
             })
         })?;
         Ok(replaced > 0)
+    }
+
+    /// Refuses what a source that covers entries up to `upto` says, if a checkpoint has brought
+    /// later ones home here meanwhile. A chunk that they made would be removed, one that they
+    /// removed would come back, and nothing would apply them once more.
+    fn refuse_overtaken(&self, shard: ShardId, upto: LogIndex) -> Result<(), ReceiveError> {
+        let applied = self.records.get(&shard).ok_or(ReceiveError::UnknownShard)?.applied;
+        if applied > upto {
+            return Err(ReceiveError::Stale { snapshot: upto, applied });
+        }
+        Ok(())
     }
 
     fn find(&self, shard: ShardId) -> Option<Arc<Shard>> {

@@ -10,10 +10,10 @@ fn checkpoint(applied: u64, commit: u64) -> ShardRecord {
 
 fn scan(applied: u64, commit: u64, entries: &[(u64, u64)]) -> ShardScan {
     let mut scan = ShardScan::new(SHARD, checkpoint(applied, commit));
-    for (at, (index, term)) in entries.iter().enumerate() {
+    for (at, (index, term)) in (1..).zip(entries) {
         let (index, term, kind) = (LogIndex(*index), Term(*term), EntryKind::Command);
         let entry = ScannedEntry { shard: SHARD, index, term, kind, data: &[] };
-        scan.see_entry(&entry, LogPosition(at as u64));
+        scan.see_entry(&entry, LogPosition(at));
     }
     scan
 }
@@ -30,11 +30,11 @@ fn with(mut scan: ShardScan, term: u64, vote: u64, commit: u64) -> HardState {
 #[test]
 fn the_newest_record_of_an_index_counts() {
     let seen = scan(10, 10, &[(9, 3), (10, 3), (11, 3), (12, 3), (13, 3), (12, 4), (13, 5)]);
-    assert_eq!(positions(&seen), [0, 1, 2, 5, 6]);
-    assert_eq!(seen.first_position(), Some(LogPosition(2)), "the first to be replayed");
+    assert_eq!(positions(&seen), [1, 2, 3, 6, 7]);
+    assert_eq!(seen.first_position(), Some(LogPosition(3)), "the first to be replayed");
     // A conflict below the checkpoint voids what came before it.
     let seen = scan(10, 10, &[(11, 3), (12, 3), (10, 4), (11, 4)]);
-    assert_eq!(positions(&seen), [2, 3]);
+    assert_eq!(positions(&seen), [3, 4]);
     let seen = scan(10, 10, &[]);
     assert_eq!(seen.hard_state().unwrap(), checkpoint(10, 10).hard_state);
 }
@@ -59,18 +59,18 @@ fn entries_below_the_checkpoint_are_kept_as_far_as_they_reach_it() {
 }
 
 #[test]
-fn entries_before_the_floor_are_void() {
+fn entries_that_do_not_lie_behind_the_floor_are_void() {
     let record = ShardRecord { log_floor: LogPosition(5), ..checkpoint(10, 10) };
     let mut scan = ShardScan::new(SHARD, record);
     let entry = |index| {
         let (index, term, kind) = (LogIndex(index), Term(3), EntryKind::Command);
         ScannedEntry { shard: SHARD, index, term, kind, data: &[] }
     };
-    for (position, index) in [(3, 9), (4, 12), (5, 11), (6, 12)] {
+    for (position, index) in [(3, 9), (4, 12), (5, 13), (6, 11), (7, 12)] {
         scan.see_entry(&entry(index), LogPosition(position));
     }
     assert_eq!(scan.missing, None);
-    assert_eq!(positions(&scan), [5, 6]);
+    assert_eq!(positions(&scan), [6, 7]);
 }
 
 #[test]

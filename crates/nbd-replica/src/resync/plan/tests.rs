@@ -50,6 +50,17 @@ fn asked() -> Resync {
     resync
 }
 
+/// Of the source whose snapshot is at 100.
+fn fetch(chunks: &[u64]) -> Want {
+    Want::Fetch { chunks: stamps(chunks), upto: LogIndex(100) }
+}
+
+/// A page of that source without any chunks.
+fn absent(after: Option<u64>, next: Option<u64>) -> Absent {
+    let (after, next) = (after.map(key), next.map(key));
+    Absent { upto: LogIndex(100), after, next, present: Vec::new() }
+}
+
 /// As `asked`, with a manifest of one page that was dealt with.
 fn walked() -> Resync {
     let mut resync = asked();
@@ -64,15 +75,13 @@ fn walked() -> Resync {
 fn page_by_page_chunks_are_fetched_and_what_is_absent_is_removed() {
     let mut resync = asked();
     let want = resync.step(SECOND, page(&[1, 5], Some(9)));
-    assert_eq!(want, Want::Fetch { chunks: stamps(&[1, 5]) });
+    assert_eq!(want, fetch(&[1, 5]));
     let want = resync.step(SECOND, Got::Stored);
-    let absent = Absent { after: None, next: Some(key(9)), present: Vec::new() };
-    assert_eq!(want, Want::Remove(absent));
+    assert_eq!(want, Want::Remove(absent(None, Some(9))));
     let want = resync.step(SECOND, Got::Removed);
     assert_eq!(want, Want::Page { since: LogIndex(40), after: Some(key(9)) });
     let want = resync.step(SECOND, page(&[], None));
-    let absent = Absent { after: Some(key(9)), next: None, present: Vec::new() };
-    assert_eq!(want, Want::Remove(absent));
+    assert_eq!(want, Want::Remove(absent(Some(9), None)));
     let want = resync.step(SECOND, Got::Removed);
     assert_eq!(want, Want::Compare { after: None, upto: LogIndex(100) });
     let want = resync.step(SECOND, compared(&[], false, Some(2048)));
@@ -88,10 +97,10 @@ fn page_by_page_chunks_are_fetched_and_what_is_absent_is_removed() {
 fn a_large_page_is_fetched_in_parts() {
     let mut resync = asked();
     let all: Vec<u64> = (0..FETCH_CHUNKS_MAX as u64 + 10).collect();
-    let Want::Fetch { chunks } = resync.step(SECOND, page(&all, None)) else { panic!() };
+    let Want::Fetch { chunks, .. } = resync.step(SECOND, page(&all, None)) else { panic!() };
     assert_eq!(chunks.len(), FETCH_CHUNKS_MAX);
     let want = resync.step(SECOND, Got::Stored);
-    assert_eq!(want, Want::Fetch { chunks: stamps(&all[FETCH_CHUNKS_MAX..]) });
+    assert_eq!(want, fetch(&all[FETCH_CHUNKS_MAX..]));
 }
 
 #[test]
@@ -128,7 +137,7 @@ fn what_differs_is_fetched_again_and_compared_again() {
     let mut resync = walked();
     resync.step(SECOND, compared(&[3], false, Some(1024)));
     let want = resync.step(SECOND, compared(&[2000], false, None));
-    assert_eq!(want, Want::Refetch { chunks: vec![key(3), key(2000)] });
+    assert_eq!(want, Want::Refetch { chunks: vec![key(3), key(2000)], upto: LogIndex(100) });
     let want = resync.step(SECOND, Got::Stored);
     assert_eq!(want, Want::Compare { after: None, upto: LogIndex(100) });
     assert_eq!(resync.step(SECOND, compared(&[], false, None)), Want::Ready(snapshot(100)));
@@ -139,7 +148,7 @@ fn what_differs_after_every_round_starts_everything_over() {
     let mut resync = walked();
     for _ in 0..ROUNDS_MAX {
         let want = resync.step(SECOND, compared(&[3], false, None));
-        assert_eq!(want, Want::Refetch { chunks: vec![key(3)] });
+        assert_eq!(want, Want::Refetch { chunks: vec![key(3)], upto: LogIndex(100) });
         resync.step(SECOND, Got::Stored);
     }
     let want = resync.step(SECOND, compared(&[3], false, None));
