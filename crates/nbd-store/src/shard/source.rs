@@ -6,6 +6,10 @@
 //! looked at through the frozen overlay, which has all that this checkpoint changes: what comes out
 //! is the chunk as of the last checkpoint, or as of the one under way. A later checkpoint waits for
 //! the pin that is taken with the look at the overlay.
+//!
+//! A checkpoint that power failed in leaves blocks at home that are half overwritten. What it wrote
+//! is in the log, and after the replay in the active overlay: a chunk that is damaged at home is
+//! looked at through that one too.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -38,8 +42,17 @@ struct ChunkView {
     plan: ReadPlan,
     /// Newest entry that changed it.
     last_index: LogIndex,
-    /// Whether the checkpoint under way has a part in it.
+    /// Whether an overlay has a part in it.
     is_changing: bool,
+}
+
+/// How new a view of a chunk is.
+#[derive(Clone, Copy)]
+enum AsOf {
+    /// The last checkpoint, or the one under way.
+    Checkpoint,
+    /// The last entry applied.
+    Now,
 }
 
 impl ShardReader {
@@ -101,11 +114,11 @@ impl ShardReader {
         volume: VolumeId,
         chunk: ChunkIndex,
     ) -> Result<Option<ChunkImage>, ReadError> {
-        let Some(ChunkView { mut plan, last_index, .. }) = self.view((volume, chunk))? else {
-            return Ok(None);
-        };
+        let key = (volume, chunk);
+        let Some(view) = self.view(key, AsOf::Checkpoint)? else { return Ok(None) };
         let mut bytes = vec![0; to_usize(CHUNK_BYTES)];
-        plan.read_blocking(&mut bytes)?;
+        let Some(view) = self.read_view(key, view, &mut bytes)? else { return Ok(None) };
+        let ChunkView { plan, last_index, .. } = view;
         let (mut present, mut zero, mut crcs) = (0, 0, [0; BLOCKS_PER_CHUNK]);
         let mut data = BytesMut::with_capacity(bytes.len());
         for (at, (kind, block)) in plan.kinds().zip(bytes.chunks_exact(BLOCK)).enumerate() {
@@ -255,21 +268,22 @@ impl ShardReader {
         page.next = keys.last().copied().filter(|_| keys.len() == max);
         let mut bytes = vec![0; to_usize(CHUNK_BYTES)];
         for (volume, chunk) in keys {
+            let key = (volume, chunk);
             // One that changes is written and verified by the checkpoint.
-            let Some(ChunkView { mut plan, last_index, is_changing: false }) =
-                self.view((volume, chunk))?
+            let Some(view) = self.view(key, AsOf::Checkpoint)?.filter(|view| !view.is_changing)
             else {
                 continue;
             };
-            match plan.read_blocking(&mut bytes) {
-                Ok(()) => {}
+            let ChunkView { last_index, .. } = view;
+            let blocks = view.plan.kinds().filter(|kind| *kind == BlockKind::Data).count();
+            page.bytes += (blocks * BLOCK) as u64;
+            match self.read_view(key, view, &mut bytes) {
+                Ok(_) => {}
                 Err(ReadError::Corrupt { .. }) => {
                     page.damaged.push(DamagedChunk { volume, chunk, last_index });
                 }
                 Err(error) => return Err(error),
             }
-            let blocks = plan.kinds().filter(|kind| *kind == BlockKind::Data).count();
-            page.bytes += (blocks * BLOCK) as u64;
         }
         Ok(page)
     }
@@ -283,23 +297,49 @@ impl ShardReader {
         Ok(homes.into_iter().find_map(|(_, meta)| meta))
     }
 
-    /// A chunk as the last checkpoint has it, or the one under way.
-    fn view(&self, (volume, chunk): ChunkKey) -> Result<Option<ChunkView>, ReadError> {
+    /// Reads a chunk as the last checkpoint has it, of which `view` is the view; or, if that is
+    /// damaged and was changed since, as of now. Returns the view that was read.
+    fn read_view(
+        &self,
+        key: ChunkKey,
+        mut view: ChunkView,
+        bytes: &mut [u8],
+    ) -> Result<Option<ChunkView>, ReadError> {
+        let damaged = match view.plan.read_blocking(bytes) {
+            Ok(()) => return Ok(Some(view)),
+            Err(error @ ReadError::Corrupt { .. }) => error,
+            Err(error) => return Err(error),
+        };
+        let Some(mut view) = self.view(key, AsOf::Now)? else { return Ok(None) };
+        if !view.is_changing {
+            return Err(damaged);
+        }
+        view.plan.read_blocking(bytes)?;
+        Ok(Some(view))
+    }
+
+    /// A chunk as the last checkpoint has it, or the one under way; or as of now.
+    fn view(&self, (volume, chunk): ChunkKey, as_of: AsOf) -> Result<Option<ChunkView>, ReadError> {
         if !self.is_ours(volume, chunk) {
             return Ok(None);
         }
         // In this order: the home is at least as new as what the pin protects.
         let (pin, sources, changed) = {
             let state = self.shard.state.read();
-            let overlays = Overlays { active: None, ..Overlays::of(&state, volume) };
+            let overlays = Overlays::of(&state, volume);
+            let overlays = match as_of {
+                AsOf::Checkpoint => Overlays { active: None, ..overlays },
+                AsOf::Now => overlays,
+            };
             let layers = overlays.chunk(chunk);
             let sources: Vec<_> =
                 (0..BLOCKS_PER_CHUNK).map(|at| layers.source(at, &mut || None)).collect();
-            let frozen = overlays.frozen;
-            let changed = frozen.and_then(|volume| match volume.layer(chunk)? {
+            let changes = [overlays.frozen, overlays.active].into_iter().flatten();
+            let changed = changes.filter_map(|volume| match volume.layer(chunk)? {
                 Layer::Chunk(change) => Some(OverlayChunk::last_index(change)),
                 Layer::Cleared(_) => volume.cleared_at(chunk).map(|range| range.last_index),
             });
+            let changed = changed.max();
             (Arc::clone(&state.pin), sources, changed)
         };
         let home = self.home((volume, chunk))?;
