@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_log::log::{HardState, SegmentPool};
-use nbd_shard::InstallPlan;
+use nbd_shard::{Checkpointed, InstallPlan};
 use nbd_store::{
     CheckpointError, CheckpointReport, Checkpointer, ChunkImage, ChunkKey, ChunkRun, DamagedChunk,
     FormError, Formation, ReceiveError, SpaceGauge,
@@ -399,8 +399,12 @@ impl CheckpointThread {
             }
             match group.reader().snapshot() {
                 Ok(at) => {
-                    let first_kept = self.segments.first_kept(shard);
-                    group.checkpointed(at.applied, at.applied_term, first_kept);
+                    group.checkpointed(Checkpointed {
+                        applied: at.applied,
+                        term: at.applied_term,
+                        first_kept: self.segments.first_kept(shard),
+                        holds_up_log: self.segments.is_held_up_by(shard),
+                    });
                 }
                 // The next checkpoint says it again.
                 Err(error) => warn!(%shard, %error, "cannot look up the checkpoint"),

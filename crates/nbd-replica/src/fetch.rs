@@ -1,4 +1,5 @@
-//! Entries read back from the node's log, for followers that lag further than memory reaches.
+//! Entries read back from the node's log: for followers that lag further than memory reaches, and
+//! to be written once more.
 
 use bytes::BytesMut;
 use nbd_consensus::Entry;
@@ -8,7 +9,7 @@ use nbd_shard::{FetchPlan, raft_kind};
 use nbd_store::EntryPlace;
 use tracing::{debug, error};
 
-use crate::group_task::GroupHandle;
+use crate::group_task::{GroupHandle, GroupStopped};
 
 /// Reads plans on the blocking pool and hands the entries to the group that asked.
 #[derive(Debug, Clone)]
@@ -24,14 +25,25 @@ impl LogFetcher {
     /// Begins to read. The group is told in any case: no entries mean that they could not be read,
     /// and it asks again when the follower does.
     pub(crate) fn fetch(&self, plan: FetchPlan, group: GroupHandle) {
+        let FetchPlan { first, places } = plan;
+        self.begin(places, async move |entries| group.fetched(first, entries).await);
+    }
+
+    /// As [`Self::fetch`], for entries to be written once more.
+    pub(crate) fn read_back(&self, places: Vec<EntryPlace>, group: GroupHandle) {
+        self.begin(places, async move |entries| group.read_back(entries).await);
+    }
+
+    fn begin<F>(&self, places: Vec<EntryPlace>, tell: F)
+    where
+        F: AsyncFnOnce(Vec<Entry>) -> Result<(), GroupStopped> + Send + 'static,
+    {
         let log = self.log.clone();
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || {
-            let entries = read(&log, &plan.places);
-            runtime.block_on(async {
-                // A group that has stopped needs no entries.
-                let _ = group.fetched(plan.first, entries).await;
-            });
+            let entries = read(&log, &places);
+            // A group that has stopped needs no entries.
+            let _ = runtime.block_on(tell(entries));
         });
     }
 }

@@ -1,7 +1,7 @@
 //! The task that owns one replica of a shard: it feeds it events, and carries out what it asks for.
 //!
 //! ```text
-//!  sessions, health ──Request──▶ ┌──────────────┐ ──AppendJob──▶ log thread
+//!  sessions, health ──Request──▶ ┌──────────────┐ ──LogJob──▶ log thread
 //!  peers, checkpoints ─Control─▶ │  group task  │ ◀──Persisted──     │
 //!  clock ─────────────Tick─────▶ │ ShardReplica │ ──OutMessage─▶ transport
 //!                                │              │ ──Answer─────▶ whoever asked
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nbd_consensus::{Role, SnapshotOffer, Status};
-use nbd_shard::{Actions, Event, FetchPlan, Persisted, ShardReplica};
+use nbd_shard::{Actions, Checkpointed, Event, Persisted, ShardReplica};
 use nbd_store::{Outcome, ReplicaInfo, ShardReader, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, NodeName, ReplicaId, ShardId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -34,7 +34,7 @@ use crate::clock;
 use crate::failure::{FailOnPanic, Failure};
 use crate::fetch::LogFetcher;
 use crate::limits::{GROUP_CONTROL_MAX, GROUP_MAILBOX_MAX};
-use crate::log_thread::{AppendJob, LogHandle};
+use crate::log_thread::{LogHandle, LogJob};
 use crate::metrics::GroupMetrics;
 use crate::peers::{Addresses, peer_addresses};
 use crate::reply::Reply;
@@ -70,7 +70,8 @@ enum Control {
     ConnectionLost(NodeName),
     Newcomer { peer: ReplicaId, node: NodeName, directory: u128 },
     Unreachable(ReplicaId),
-    Checkpointed { applied: LogIndex, term: Term, first_kept: Option<LogIndex> },
+    Checkpointed(Checkpointed),
+    ReadBack(Vec<nbd_consensus::Entry>),
     Fetched { first: LogIndex, entries: Vec<nbd_consensus::Entry> },
     Transfer(ReplicaId),
     ResyncReady(Box<ShardSnapshot>),
@@ -254,9 +255,9 @@ impl GroupHandle {
     }
 
     /// A checkpoint is durable.
-    pub(crate) fn checkpointed(&self, applied: LogIndex, term: Term, first_kept: Option<LogIndex>) {
-        // Only memory is at stake, and the next checkpoint says it again.
-        self.try_tell(Control::Checkpointed { applied, term, first_kept });
+    pub(crate) fn checkpointed(&self, checkpoint: Checkpointed) {
+        // Only memory and log are at stake, and the next checkpoint says it again.
+        self.try_tell(Control::Checkpointed(checkpoint));
     }
 
     /// A Raft message of a peer, its checksums verified. Dropped when too many wait.
@@ -297,6 +298,14 @@ impl GroupHandle {
         entries: Vec<nbd_consensus::Entry>,
     ) -> Result<(), GroupStopped> {
         self.tell(Control::Fetched { first, entries }).await
+    }
+
+    /// Entries read from the log to be written once more.
+    pub(crate) async fn read_back(
+        &self,
+        entries: Vec<nbd_consensus::Entry>,
+    ) -> Result<(), GroupStopped> {
+        self.tell(Control::ReadBack(entries)).await
     }
 
     async fn ask(&self, request: Request) -> Result<(), GroupStopped> {
@@ -458,9 +467,8 @@ impl GroupTask {
             Control::ConnectionLost(node) => self.on_connection_lost(&node),
             Control::Newcomer { peer, node, directory } => self.on_newcomer(peer, node, directory),
             Control::Unreachable(peer) => self.step(Event::PeerUnreachable(peer)),
-            Control::Checkpointed { applied, term, first_kept } => {
-                self.step(Event::Checkpointed { applied, term, first_kept });
-            }
+            Control::Checkpointed(checkpoint) => self.step(Event::Checkpointed(checkpoint)),
+            Control::ReadBack(entries) => self.step(Event::ReadBack(entries)),
             Control::Fetched { first, entries } => self.step(Event::Fetched { first, entries }),
             Control::Transfer(to) => {
                 // Before the request can reach the other replica.
@@ -532,10 +540,10 @@ impl GroupTask {
             self.learn_members();
         }
         self.parts.transport.send(self.shard, self.parts.replica_id, actions.send);
-        for append in actions.appends {
-            self.parts.log.submit(AppendJob {
+        for write in actions.log_writes {
+            self.parts.log.submit(LogJob {
                 shard: self.shard,
-                append,
+                write,
                 queued_at: Instant::now(),
                 persisted: self.persisted_tx.clone(),
             });
@@ -547,7 +555,13 @@ impl GroupTask {
             self.metrics.commit(elapsed);
         }
         for plan in actions.fetch {
-            self.fetch(plan);
+            self.parts.fetcher.fetch(plan, self.handle.clone());
+        }
+        if let Some(places) = actions.read_back {
+            self.parts.fetcher.read_back(places, self.handle.clone());
+        }
+        if let Some(tail) = actions.log_tail {
+            self.parts.log.tail_begins(self.shard, tail);
         }
         if let Some(above) = actions.keep_above {
             self.parts.log.retain(self.shard, above);
@@ -562,10 +576,6 @@ impl GroupTask {
             self.parts.resync.dropped();
         }
         self.publish();
-    }
-
-    fn fetch(&self, plan: FetchPlan) {
-        self.parts.fetcher.fetch(plan, self.handle.clone());
     }
 
     fn begin_resync(&self, offer: SnapshotOffer) {

@@ -11,14 +11,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nbd_consensus::Append;
-use nbd_log::checksum::crc32c;
-use nbd_log::log::{
-    AppendError, EntryRecord, HardState, LogPosition, LogWriter, Record, SegmentPool,
-};
-use nbd_shard::{Persisted, log_kind};
-use nbd_store::EntryPlace;
-use nbd_topology::{LogIndex, ReplicaId, ShardId};
+use nbd_log::log::{AppendError, LogPosition, LogWriter, Record, SegmentPool};
+use nbd_shard::{LogTail, LogWrite, Persisted};
+use nbd_topology::{LogIndex, ShardId};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -31,17 +26,18 @@ use crate::metrics::LogMetrics;
 /// Longest pause between two log writes, however full the log. A writer always gets on.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
-/// Share of the log's size limit from which on the thread pauses. Below, checkpoints keep up.
-const PAUSE_FILL: f64 = 0.6;
+/// Share of the log's room for ordinary writes from which on the thread pauses. Below, checkpoints
+/// keep up.
+const PAUSE_FILL: f64 = 0.8;
 
 /// Time between looks at a log that has no room at all.
 const FULL_POLL: Duration = Duration::from_millis(5);
 
 /// Log writes of one group: what to persist and whom to tell.
 #[derive(Debug)]
-pub(crate) struct AppendJob {
+pub(crate) struct LogJob {
     pub(crate) shard: ShardId,
-    pub(crate) append: Append,
+    pub(crate) write: LogWrite,
     pub(crate) queued_at: Instant,
     pub(crate) persisted: mpsc::Sender<Persisted>,
 }
@@ -49,7 +45,7 @@ pub(crate) struct AppendJob {
 /// Sends work to the log thread. The thread ends when all handles are dropped.
 #[derive(Debug, Clone)]
 pub(crate) struct LogHandle {
-    jobs: SyncSender<AppendJob>,
+    jobs: SyncSender<LogJob>,
     segments: Arc<SegmentPool>,
 }
 
@@ -58,7 +54,7 @@ impl LogHandle {
     ///
     /// # Panics
     /// If the queue is full: every group bounds what it has in flight.
-    pub(crate) fn submit(&self, job: AppendJob) {
+    pub(crate) fn submit(&self, job: LogJob) {
         if let Err(TrySendError::Full(job)) = self.jobs.try_send(job) {
             panic!("the group of shard {} broke its bound on log writes", job.shard);
         }
@@ -67,6 +63,11 @@ impl LogHandle {
     /// Entries of `shard` above this index are worth keeping for its followers.
     pub(crate) fn retain(&self, shard: ShardId, above: LogIndex) {
         self.segments.retain(shard, above);
+    }
+
+    /// What the log need not keep of `shard`.
+    pub(crate) fn tail_begins(&self, shard: ShardId, tail: LogTail) {
+        self.segments.tail_begins(shard, tail.applied, tail.from);
     }
 }
 
@@ -86,6 +87,8 @@ pub(crate) fn spawn(
     Ok((handle, thread))
 }
 
+type Append = fn(&mut LogWriter, &[Record<'_>]) -> Result<Vec<LogPosition>, AppendError>;
+
 struct LogThread {
     writer: LogWriter,
     segments: Arc<SegmentPool>,
@@ -97,79 +100,83 @@ struct LogThread {
 }
 
 impl LogThread {
-    fn run(mut self, queue: &Receiver<AppendJob>) {
+    fn run(mut self, queue: &Receiver<LogJob>) {
+        _ = self.serve(queue);
+    }
+
+    /// Writes what comes, until all handles are dropped or the node stops: then `None`.
+    fn serve(&mut self, queue: &Receiver<LogJob>) -> Option<()> {
         let _guard = FailOnPanic::new(&self.failure, "log thread");
         let mut batch = Vec::new();
         loop {
-            let Ok(job) = queue.recv() else { return };
+            let job = queue.recv().ok()?;
             batch.push(job);
-            let mut bytes = append_bytes(&batch[0].append);
+            let mut bytes = batch[0].write.data_bytes();
             while bytes < LOG_BATCH_BYTES_MAX {
                 let Ok(job) = queue.try_recv() else { break };
-                bytes += append_bytes(&job.append);
+                bytes += job.write.data_bytes();
                 batch.push(job);
             }
             let started = Instant::now();
-            let Some(positions) = self.write(&batch) else { return };
+            while !self.write(&batch, LogWriter::append_ordinary)? {
+                // Nothing was written: a checkpoint frees a segment, unless a shard without a
+                // majority holds up the log. What that one writes comes before all else then.
+                self.checkpoints.nudge();
+                if self.failure.is_set() || self.abandon.is_cancelled() {
+                    return None;
+                }
+                batch.extend(queue.try_iter().take(LOG_QUEUE_MAX));
+                let is_urgent = |job: &mut LogJob| self.segments.is_held_up_by(job.shard);
+                let urgent: Vec<_> = batch.extract_if(.., is_urgent).collect();
+                if urgent.is_empty() || !self.write(&urgent, LogWriter::append)? {
+                    batch.splice(..0, urgent);
+                    thread::sleep(FULL_POLL);
+                }
+            }
             self.metrics.write(started.elapsed(), bytes, batch.len());
-            self.acknowledge(&mut batch, positions);
+            batch.clear();
             self.pause(started.elapsed());
         }
     }
 
-    /// Writes one batch durably. `None` when the disk failed, after the node was told to stop.
-    fn write(&mut self, batch: &[AppendJob]) -> Option<Vec<LogPosition>> {
-        let records = records(batch);
-        if records.is_empty() {
-            // Only messages that waited for earlier writes, and those are done.
-            return Some(Vec::new());
-        }
-        loop {
-            match self.writer.append(&records) {
-                Ok(positions) => return Some(positions),
-                // Nothing was written: a checkpoint frees a segment.
-                Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
-                    debug!(%error, "waiting for a segment");
-                    self.checkpoints.nudge();
-                    if self.failure.is_set() || self.abandon.is_cancelled() {
-                        return None;
-                    }
-                    thread::sleep(FULL_POLL);
-                }
-                Err(error) => {
-                    self.failure.set(format!("cannot write the log: {error}"));
-                    return None;
-                }
+    /// Writes jobs durably and tells their groups. False if there is no room for them now; `None`
+    /// when the disk failed, after the node was told to stop.
+    fn write(&mut self, jobs: &[LogJob], append: Append) -> Option<bool> {
+        let records: Vec<_> = jobs.iter().flat_map(|job| job.write.records(job.shard)).collect();
+        // Without any there are only messages that waited for earlier writes, and those are done.
+        let written =
+            if records.is_empty() { Ok(Vec::new()) } else { append(&mut self.writer, &records) };
+        match written {
+            Ok(positions) => {
+                self.acknowledge(jobs, positions);
+                Some(true)
+            }
+            Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
+                debug!(%error, "waiting for a segment");
+                Some(false)
+            }
+            Err(error) => {
+                self.failure.set(format!("cannot write the log: {error}"));
+                None
             }
         }
     }
 
-    fn acknowledge(&self, batch: &mut Vec<AppendJob>, positions: Vec<LogPosition>) {
+    fn acknowledge(&self, jobs: &[LogJob], positions: Vec<LogPosition>) {
         let now = Instant::now();
         let mut positions = positions.into_iter();
-        for job in batch.drain(..) {
-            if job.append.hard_state.is_some() {
-                positions.next();
-            }
-            let place = |(entry, position): (&nbd_consensus::Entry, LogPosition)| EntryPlace {
-                index: entry.index,
-                term: entry.term,
-                kind: log_kind(entry.kind),
-                position,
-                len: entry.data.len(),
-                crc: crc32c(&entry.data),
-            };
-            let places = job.append.entries.iter().zip(positions.by_ref()).map(place).collect();
+        for job in jobs {
+            let persisted = job.write.persisted(&mut positions);
             self.metrics.append(now.saturating_duration_since(job.queued_at));
             // A group that is gone needs no answer; a live one never waits for this thread.
-            let _ = job.persisted.blocking_send(Persisted { ready: job.append.ready, places });
+            let _ = job.persisted.blocking_send(persisted);
         }
     }
 
     /// Slows the writers in proportion to how little room is left: not at all up to [`PAUSE_FILL`],
     /// then by a growing multiple of the time that the write itself took.
     fn pause(&self, write_time: Duration) {
-        let fill = float(self.segments.live_bytes()) / float(self.segments.bytes_max());
+        let fill = float(self.segments.live_bytes()) / float(self.segments.ordinary_bytes_max());
         if fill <= PAUSE_FILL {
             return;
         }
@@ -182,32 +189,4 @@ impl LogThread {
 #[expect(clippy::cast_precision_loss, reason = "a ratio of sizes needs no last digit")]
 const fn float(bytes: u64) -> f64 {
     bytes as f64
-}
-
-fn append_bytes(append: &Append) -> usize {
-    append.entries.iter().map(|entry| entry.data.len()).sum()
-}
-
-fn log_hard_state(state: &nbd_consensus::HardState) -> HardState {
-    HardState { term: state.term, vote: state.vote.map_or(0, ReplicaId::get), commit: state.commit }
-}
-
-/// The log's records of a batch, in order: of each job its hard state, then its entries.
-fn records(batch: &[AppendJob]) -> Vec<Record<'_>> {
-    let mut records = Vec::with_capacity(batch.len() * 2);
-    for job in batch {
-        if let Some(state) = &job.append.hard_state {
-            records.push(Record::HardState(job.shard, log_hard_state(state)));
-        }
-        records.extend(job.append.entries.iter().map(|entry| {
-            Record::Entry(EntryRecord {
-                shard: job.shard,
-                index: entry.index,
-                term: entry.term,
-                kind: log_kind(entry.kind),
-                data: &entry.data,
-            })
-        }));
-    }
-    records
 }

@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use nbd_consensus::{Append, Entry, HardState, OutMessage, ReadyNumber, SnapshotOffer};
+use nbd_consensus::{Entry, HardState, OutMessage, ReadyNumber, SnapshotOffer};
+use nbd_log::log::LogPosition;
 use nbd_store::{EntryPlace, Outcome, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, ReplicaId, Term};
+
+use crate::log_write::LogWrite;
 
 /// One event.
 #[derive(Debug)]
@@ -29,15 +32,10 @@ pub enum Event<R> {
         /// The entries, with the places' index, term and kind.
         entries: Vec<Entry>,
     },
-    /// A checkpoint of everything up to this entry is durable.
-    Checkpointed {
-        /// The last entry in it.
-        applied: LogIndex,
-        /// That entry's term.
-        term: Term,
-        /// Lowest entry of this group that the node's log still has, if it has any.
-        first_kept: Option<LogIndex>,
-    },
+    /// The entries of [`Actions::read_back`], or none if the log could not be read.
+    ReadBack(Vec<Entry>),
+    /// A checkpoint is durable.
+    Checkpointed(Checkpointed),
     /// The connection to the leader broke: a hint, never a proof, of its death.
     LeaderLost,
     /// The stream to this peer broke.
@@ -52,11 +50,25 @@ pub enum Event<R> {
     Installed,
 }
 
-/// One append of the group is on stable storage, together with all earlier ones.
+/// A durable checkpoint, as far as it matters to one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checkpointed {
+    /// The last entry that it covers.
+    pub applied: LogIndex,
+    /// That entry's term.
+    pub term: Term,
+    /// Lowest entry of this group that the node's log still has, if it has any.
+    pub first_kept: Option<LogIndex>,
+    /// Whether the log, half full, cannot let go of its oldest part because of entries of this
+    /// group: [`nbd_log::log::SegmentPool::is_held_up_by`].
+    pub holds_up_log: bool,
+}
+
+/// A [`LogWrite`] of the group is on stable storage, together with all earlier ones.
 #[derive(Debug)]
 pub struct Persisted {
-    /// Its number.
-    pub ready: ReadyNumber,
+    /// Its number, if it carried out an append.
+    pub ready: Option<ReadyNumber>,
     /// Where each of its entries lies, in index order.
     pub places: Vec<EntryPlace>,
 }
@@ -87,6 +99,15 @@ pub struct FetchPlan {
     pub places: Vec<EntryPlace>,
 }
 
+/// Which part of the node's log a group no longer needs, beside what checkpoints cover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogTail {
+    /// The last entry applied.
+    pub applied: LogIndex,
+    /// Every later entry that counts lies here or behind.
+    pub from: LogPosition,
+}
+
 /// The store is to be switched to a snapshot: [`nbd_store::Checkpointer::install`].
 #[derive(Debug)]
 pub struct InstallPlan {
@@ -99,14 +120,18 @@ pub struct InstallPlan {
 /// What a step wants done. The lists are in order; between them there is none.
 #[derive(Debug)]
 pub struct Actions<R> {
-    /// For the log, in order. Their messages are kept back by the replica itself.
-    pub appends: Vec<Append>,
+    /// For the log, in order. The messages that wait for them are kept back by the replica itself.
+    pub log_writes: Vec<LogWrite>,
     /// For the peers, at once.
     pub send: Vec<OutMessage>,
     /// For whoever asked.
     pub answers: Vec<(R, Answer)>,
     /// Entries to be read.
     pub fetch: Vec<FetchPlan>,
+    /// Entries to be read so that copies of them can be written to the log's end.
+    pub read_back: Option<Vec<EntryPlace>>,
+    /// What the log need not keep for entries that are not applied yet.
+    pub log_tail: Option<LogTail>,
     /// The leader's log no longer reaches back to this replica's end: a resync is needed.
     pub snapshot_offered: Option<SnapshotOffer>,
     /// A resync has come to its last step. No step but [`Event::Installed`] matters until then.
@@ -124,10 +149,12 @@ pub struct Actions<R> {
 impl<R> Default for Actions<R> {
     fn default() -> Self {
         Self {
-            appends: Vec::new(),
+            log_writes: Vec::new(),
             send: Vec::new(),
             answers: Vec::new(),
             fetch: Vec::new(),
+            read_back: None,
+            log_tail: None,
             snapshot_offered: None,
             install: None,
             resync_dropped: false,

@@ -5,10 +5,10 @@
 //! simulation from its scheduler; both run the same code.
 //!
 //! ```text
-//!  Propose, Barrier ──────▶ ┌──────────────┐ ──▶ appends      log thread ──▶ Persisted stepped
+//!  Propose, Barrier ──────▶ ┌──────────────┐ ──▶ log_writes   log thread ──▶ Persisted stepped
 //!  Message, Tick ─────────▶ │ ShardReplica │ ──▶ send         transport
 //!  Persisted, Fetched ────▶ │   Group      │ ──▶ answers      sessions, health
-//!  Checkpointed ──────────▶ │   writer     │ ──▶ fetch        log reader ──▶ Fetched stepped
+//!  Checkpointed, ReadBack ▶ │   writer     │ ──▶ fetch, ...   log reader ──▶ Fetched, ReadBack
 //!  ResyncReady, Installed ▶ └──────────────┘ ──▶ install      checkpoint thread ──▶ Installed
 //! ```
 //!
@@ -16,19 +16,22 @@
 //! promises durability is handed out only after the [`Persisted`] of its append was stepped. Each
 //! thing asked for is answered once, unless the replica is dropped.
 //!
-//! - [`replica`]: the owner of the state. [`event`]: the vocabulary.
+//! - [`replica`]: the owner of the state. [`event`]: the vocabulary. [`log_write`]: what goes to
+//!   the node's log.
 //! - `recovered`: from what the store found to a running group. `places`: where entries lie in the
 //!   node's log. `packer`: small commands share an entry.
 //! - [`limits`]: every bound, by name.
 
 pub mod event;
 pub mod limits;
+pub mod log_write;
 pub mod replica;
 
 mod packer;
 mod places;
 mod recovered;
 
-pub use event::{Actions, Answer, Event, FetchPlan, InstallPlan, Persisted};
+pub use event::{Actions, Answer, Checkpointed, Event, FetchPlan, InstallPlan, LogTail, Persisted};
+pub use log_write::LogWrite;
 pub use recovered::{log_kind, raft_kind};
 pub use replica::ShardReplica;

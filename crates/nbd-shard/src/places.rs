@@ -42,6 +42,37 @@ impl Places {
         }
     }
 
+    /// Notes that copies of entries were written to the log's end. Those that were superseded
+    /// meanwhile do not count.
+    pub(crate) fn copied(&mut self, copies: Vec<EntryPlace>) {
+        for copy in copies {
+            self.written = self.written.max(end(&copy));
+            if let Some(place) = self.get_mut(copy.index)
+                && place.term == copy.term
+            {
+                *place = copy;
+            }
+        }
+    }
+
+    /// The entries above `index`.
+    pub(crate) fn above(&self, index: LogIndex) -> impl Iterator<Item = EntryPlace> {
+        let first = self.entries.partition_point(|place| place.index <= index);
+        self.entries.range(first..).copied()
+    }
+
+    /// Where the first of the entries above `index` lies; without any, where the next one lies at
+    /// the earliest.
+    pub(crate) fn begin_above(&self, index: LogIndex) -> LogPosition {
+        self.above(index).map(|place| place.position).min().unwrap_or(self.written)
+    }
+
+    fn get_mut(&mut self, index: LogIndex) -> Option<&mut EntryPlace> {
+        let first = self.entries.front()?.index;
+        let nth = usize::try_from(index.0.checked_sub(first.0)?).ok()?;
+        self.entries.get_mut(nth)
+    }
+
     /// Where the entry at `index` lies.
     pub(crate) fn get(&self, index: LogIndex) -> Option<EntryPlace> {
         let first = self.entries.front()?.index;
@@ -115,6 +146,19 @@ mod tests {
         assert_eq!(places.range(LogIndex(2), LogIndex(4), 200).len(), 2);
         assert_eq!(places.range(LogIndex(2), LogIndex(4), 1).len(), 1);
         assert!(places.range(LogIndex(2), LogIndex(5), 1000).is_empty());
+    }
+
+    #[test]
+    fn copies_take_the_place_of_what_they_are_copies_of() {
+        let mut places = Places::new((1..=5).map(|n| place(n, 1, n * 1000)).collect());
+        assert_eq!(places.begin_above(LogIndex(3)), LogPosition(4000));
+        // Superseded while the copy was on its way.
+        places.persisted(vec![place(5, 2, 8000)]);
+        places.copied(vec![place(4, 1, 9000), place(5, 1, 9100)]);
+        let above: Vec<_> = places.above(LogIndex(3)).collect();
+        assert_eq!(above, [place(4, 1, 9000), place(5, 2, 8000)]);
+        assert_eq!(places.begin_above(LogIndex(3)), LogPosition(8000));
+        assert_eq!(places.begin_above(LogIndex(5)), LogPosition(9200), "behind all there is");
     }
 
     #[test]

@@ -8,13 +8,16 @@ use nbd_consensus::{
     Append, Brief, Committed, Effects, Entry, EntryKind, Group, GroupConfig, GroupError, Input,
     OutMessage, Proposal, ReadyNumber, RejectReason, Role, Status, Ticket, Timestamp,
 };
-use nbd_store::{Applied, Outcome, RaftRecovered, ShardSnapshot, ShardWriter};
+use nbd_store::{Applied, EntryPlace, Outcome, RaftRecovered, ShardSnapshot, ShardWriter};
 use nbd_topology::{LogIndex, Membership, ReplicaId, ShardId, Term};
 
-use crate::event::{Actions, Answer, Event, FetchPlan, InstallPlan, Persisted};
+use crate::event::{
+    Actions, Answer, Checkpointed, Event, FetchPlan, InstallPlan, LogTail, Persisted,
+};
 use crate::limits::{
     APPENDS_IN_FLIGHT_MAX, APPENDS_OUTSTANDING_MAX, PROPOSE_BYTES_MAX, RETENTION_TICKS,
 };
+use crate::log_write::LogWrite;
 use crate::packer::{Packed, Packer};
 use crate::places::Places;
 use crate::recovered::recovered;
@@ -35,6 +38,24 @@ enum Install {
     Waiting(ShardSnapshot),
     /// In the hands of whoever owns the store.
     Running { index: LogIndex, term: Term, membership: Membership },
+}
+
+/// How far entries are on their way from the log's oldest part to its end.
+///
+/// Shards share the log, and what is not committed cannot be applied and leave it: entries of a
+/// group without a majority would keep all that other groups write behind them, until the log is
+/// full for everyone. Copies at the end let the rest go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Relocation {
+    /// Nothing of the kind.
+    Idle,
+    /// The log asks for it. Begins when nothing else is on its way to the log, so that nothing
+    /// comes between entries and their copies that supersedes them.
+    Wanted,
+    /// They are being read.
+    Reading,
+    /// Their copies are being written.
+    Writing,
 }
 
 /// One replica of a shard. `R` is whom to answer: opaque here.
@@ -65,6 +86,7 @@ pub struct ShardReplica<R> {
     first_kept: Option<LogIndex>,
     ticks: u32,
     install: Install,
+    relocation: Relocation,
 }
 
 impl<R> ShardReplica<R> {
@@ -99,6 +121,7 @@ impl<R> ShardReplica<R> {
             first_kept: None,
             ticks: 0,
             install: Install::Idle,
+            relocation: Relocation::Idle,
         })
     }
 
@@ -150,6 +173,7 @@ impl<R> ShardReplica<R> {
         self.take(now, event, actions);
         self.go_on_installing(now, actions);
         self.propose_waiting(now, actions);
+        self.begin_relocation(actions);
     }
 
     /// Gives up everything that waits for an answer.
@@ -198,9 +222,14 @@ impl<R> ShardReplica<R> {
             Event::Fetched { first, entries } => {
                 self.step_group(now, Input::Fetched { first, entries }, actions);
             }
-            Event::Checkpointed { applied, term, first_kept } => {
+            Event::ReadBack(entries) => self.relocate(entries, actions),
+            Event::Checkpointed(checkpoint) => {
+                let Checkpointed { applied, term, first_kept, holds_up_log } = checkpoint;
                 self.checkpointed = self.checkpointed.max(applied);
                 self.first_kept = first_kept;
+                if holds_up_log && self.relocation == Relocation::Idle {
+                    self.relocation = Relocation::Wanted;
+                }
                 self.step_group(now, Input::Checkpointed { index: applied, term }, actions);
                 self.review_retention(now, actions);
             }
@@ -237,7 +266,7 @@ impl<R> ShardReplica<R> {
     /// Once what was on its way to the log has arrived, hands the snapshot to the store, if it is
     /// still wanted.
     fn go_on_installing(&mut self, now: Timestamp, actions: &mut Actions<R>) {
-        if !self.outstanding.is_empty() {
+        if !self.log_is_idle() {
             return;
         }
         let snapshot = match std::mem::replace(&mut self.install, Install::Idle) {
@@ -271,6 +300,54 @@ impl<R> ShardReplica<R> {
         actions.membership_changed = true;
         let input = Input::SnapshotInstalled { index, term, membership };
         self.step_group(now, input, actions);
+    }
+
+    /// Whether nothing of this group is on its way to the log.
+    fn log_is_idle(&self) -> bool {
+        self.outstanding.is_empty() && self.relocation != Relocation::Writing
+    }
+
+    /// Has those entries read that keep the log's oldest part, if that is asked for and possible.
+    fn begin_relocation(&mut self, actions: &mut Actions<R>) {
+        let ready = self.log_is_idle() && matches!(self.install, Install::Idle);
+        if self.relocation != Relocation::Wanted || !ready {
+            return;
+        }
+        let places: Vec<EntryPlace> = self.places.above(self.writer.applied()).collect();
+        if places.is_empty() {
+            // Applied meanwhile: the next checkpoint lets go of them. Of others that were there
+            // nothing counts.
+            self.end_relocation(actions);
+            return;
+        }
+        self.relocation = Relocation::Reading;
+        actions.read_back = Some(places);
+    }
+
+    /// Writes copies of the entries read, if they still are all that is not applied.
+    fn relocate(&mut self, entries: Vec<Entry>, actions: &mut Actions<R>) {
+        if self.relocation != Relocation::Reading {
+            return;
+        }
+        let applied = self.writer.applied();
+        let entries: Vec<Entry> =
+            entries.into_iter().filter(|entry| entry.index > applied).collect();
+        let read = entries.iter().map(|entry| (entry.index, entry.term));
+        let wanted = self.places.above(applied).map(|place| (place.index, place.term));
+        let ready = self.log_is_idle() && matches!(self.install, Install::Idle);
+        if entries.is_empty() || !ready || !read.eq(wanted) {
+            // The next checkpoint asks again if need be.
+            self.relocation = Relocation::Idle;
+            return;
+        }
+        self.relocation = Relocation::Writing;
+        actions.log_writes.push(LogWrite::of_copies(entries));
+    }
+
+    fn end_relocation(&mut self, actions: &mut Actions<R>) {
+        self.relocation = Relocation::Idle;
+        let applied = self.writer.applied();
+        actions.log_tail = Some(LogTail { applied, from: self.places.begin_above(applied) });
     }
 
     fn take_commands(
@@ -318,6 +395,11 @@ impl<R> ShardReplica<R> {
 
     fn take_persisted(&mut self, now: Timestamp, persisted: Persisted, actions: &mut Actions<R>) {
         let Persisted { ready, places } = persisted;
+        let Some(ready) = ready else {
+            self.places.copied(places);
+            self.end_relocation(actions);
+            return;
+        };
         if !places.is_empty() {
             self.appends_in_flight -= 1;
         }
@@ -381,7 +463,7 @@ impl<R> ShardReplica<R> {
         }
         let messages = std::mem::take(&mut append.send_after_persist);
         self.outstanding.push_back((append.ready, messages));
-        actions.appends.push(append);
+        actions.log_writes.push(LogWrite::of_append(append));
     }
 
     /// Keeps refused entries to propose them again, in their order, where that makes sense. They

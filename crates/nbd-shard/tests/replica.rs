@@ -5,9 +5,10 @@ mod common;
 
 use bytes::Bytes;
 use common::Cluster;
-use nbd_shard::{Answer, Event};
+use nbd_consensus::HardState;
+use nbd_shard::{Answer, Event, LogWrite};
 use nbd_store::{Epoch, Outcome, Owner, SessionId, VolumeId, command};
-use nbd_topology::LogIndex;
+use nbd_topology::{LogIndex, ReplicaId};
 
 fn counter(addend: i64) -> Bytes {
     command::encode_add_counter(addend)
@@ -26,7 +27,7 @@ fn the_leader_answers_in_order_and_followers_name_the_leader() {
         assert_eq!(cluster.nodes[0].answers[&n], counted(i64::from(n)));
     }
     cluster.propose(1, vec![(counter(1), 9)]);
-    let leader = nbd_topology::ReplicaId::new(1);
+    let leader = ReplicaId::new(1);
     assert_eq!(cluster.nodes[1].answers[&9], Answer::NotLeader(leader));
     cluster.run(4);
     for node in &cluster.nodes {
@@ -185,7 +186,7 @@ fn a_follower_beyond_the_log_switches_to_a_snapshot() {
     let node = &mut cluster.nodes[2];
     let hard_state = nbd_log::log::HardState {
         term: plan.hard_state.term,
-        vote: plan.hard_state.vote.map_or(0, nbd_topology::ReplicaId::get),
+        vote: plan.hard_state.vote.map_or(0, ReplicaId::get),
         commit: plan.hard_state.commit,
     };
     node.checkpointer.install(common::SHARD, &plan.snapshot, hard_state).unwrap();
@@ -197,4 +198,45 @@ fn a_follower_beyond_the_log_switches_to_a_snapshot() {
     }
     let digests = |at: usize| cluster.nodes[at].reader.digests(None, 100).unwrap();
     assert_eq!(digests(0), digests(2));
+}
+
+#[test]
+fn entries_that_cannot_be_committed_do_not_hold_up_the_log() {
+    let mut cluster = Cluster::led(3, 0);
+    let id = volume(&mut cluster);
+    cluster.run(4);
+    cluster.cut.extend([1, 2]);
+    cluster.propose(0, vec![(write(1, id, 1), 1)]);
+    cluster.settle();
+    let tail = cluster.nodes[0].replica.status().last;
+    assert!(cluster.nodes[0].replica.applied() < tail);
+
+    // Other shards of the node go on: nine of the sixteen segments there may be.
+    let fill = |cluster: &mut Cluster, segments: usize| {
+        let status = cluster.nodes[0].replica.status();
+        let (term, commit) = (status.term, status.committed);
+        let hard_state = Some(HardState { term, vote: ReplicaId::new(1), commit });
+        let write = LogWrite { ready: None, hard_state, entries: Vec::new() };
+        (0..segments << 8).for_each(|_| _ = cluster.nodes[0].write(&write));
+    };
+    fill(&mut cluster, 9);
+    cluster.checkpoint(0);
+    cluster.settle();
+    assert!(!cluster.nodes[0].segments.is_held_up_by(common::SHARD));
+    cluster.checkpoint(0);
+    let live = cluster.nodes[0].segments.live_bytes();
+    assert!(live < 2 << 20, "{live} bytes");
+
+    // The entry itself is where it has to be, whatever comes of it.
+    let raft = cluster.after_crash(0);
+    assert_eq!(raft.tail.last().map(|entry| entry.index), Some(tail));
+    fill(&mut cluster, 12);
+    cluster.cut.clear();
+    cluster.run(80);
+    for at in 0..3 {
+        assert!(cluster.nodes[at].replica.applied() >= tail, "replica {at}");
+        cluster.checkpoint(at);
+    }
+    let digests = |at: usize| cluster.nodes[at].reader.digests(None, 100).unwrap();
+    assert_eq!(digests(0), digests(1));
 }

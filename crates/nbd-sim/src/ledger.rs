@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use nbd_consensus::{Append, EntryKind, HardState, Role};
-use nbd_shard::ShardReplica;
+use nbd_consensus::{EntryKind, HardState, Role};
+use nbd_shard::{LogWrite, ShardReplica};
 use nbd_store::{CommandHeader, CommandKind, Epoch, Owner, RaftRecovered, SessionId, VolumeId};
 use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
 
@@ -64,17 +64,19 @@ impl Mirror {
     }
 
     /// The replica hands a log write out.
-    pub fn append(&mut self, append: &Append) {
-        if let Some(first) = append.entries.first() {
+    pub fn write(&mut self, write: &LogWrite) {
+        // Copies change nothing.
+        let Some(ready) = write.ready else { return };
+        if let Some(first) = write.entries.first() {
             self.entries.split_off(&first.index.0);
         }
         let mut places = Vec::new();
-        for entry in &append.entries {
+        for entry in &write.entries {
             let known = (entry.term, entry.kind, Some(entry.data.clone()));
             self.entries.insert(entry.index.0, known);
             places.push((entry.index.0, entry.term));
         }
-        self.under_way.push((append.ready.0, append.hard_state, places));
+        self.under_way.push((ready.0, write.hard_state, places));
     }
 
     /// Everything up to this log write is on stable storage.

@@ -27,8 +27,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use nbd_consensus::{Role, Timestamp};
 use nbd_session::{Query, QueryId};
-use nbd_shard::{Actions, Answer, Event, FetchPlan};
-use nbd_store::{Epoch, Outcome, Owner, Rejection, SessionId, SpaceGrant, VolumeId};
+use nbd_shard::{Actions, Answer, Event, FetchPlan, LogTail};
+use nbd_store::{EntryPlace, Epoch, Outcome, Owner, Rejection, SessionId, SpaceGrant, VolumeId};
 use nbd_topology::{ReplicaId, ShardId};
 use rand::rngs::StdRng;
 
@@ -129,6 +129,7 @@ enum Planned {
     Raft { node: usize, shard: ShardId, to: ReplicaId, bytes: Bytes },
     ConnectionLost { node: usize, life: u32, peer: Host },
     Fetched { node: usize, life: u32, shard: ShardId, plan: FetchPlan },
+    ReadBack { node: usize, life: u32, shard: ShardId, places: Vec<EntryPlace> },
     Read { node: usize, life: u32, job: ReadJob },
     ReadDone { node: usize, life: u32, job: ReadJob, bytes: Option<Bytes> },
     Resync { node: usize, life: u32, shard: ShardId },
@@ -307,6 +308,7 @@ impl World {
             | Planned::Raft { node, .. }
             | Planned::ConnectionLost { node, .. }
             | Planned::Fetched { node, .. }
+            | Planned::ReadBack { node, .. }
             | Planned::Read { node, .. }
             | Planned::ReadDone { node, .. }
             | Planned::Resync { node, .. }
@@ -343,6 +345,9 @@ impl World {
             }
             Planned::Fetched { node, life, shard, plan } => {
                 self.on_fetched(node, life, shard, &plan);
+            }
+            Planned::ReadBack { node, life, shard, places } => {
+                self.on_read_back(node, life, shard, &places);
             }
             Planned::Read { node, life, job } => self.on_read(node, life, job),
             Planned::ReadDone { node, life, job, bytes } => {
@@ -390,6 +395,7 @@ impl World {
             Planned::Strike(_) => (19, 0, 0),
             Planned::Relief(_) => (20, 0, 0),
             Planned::Join { node, .. } => (21, *node as u64, 0),
+            Planned::ReadBack { node, places, .. } => (22, *node as u64, places.len() as u64),
             Planned::Look => return,
         };
         self.tell(&Told::Event { kind, a, b });
@@ -405,8 +411,8 @@ impl World {
         let before = group.replica.brief();
         let mut actions = Actions::default();
         group.replica.step(local, event, &mut actions);
-        for append in &actions.appends {
-            group.mirror.append(append);
+        for write in &actions.log_writes {
+            group.mirror.write(write);
         }
         let after = group.replica.brief();
         let seen = self.ledger.observe(group.id, &group.replica, &mut group.mirror);
@@ -433,10 +439,19 @@ impl World {
         for message in actions.send {
             self.send_raft(node, shard, message.to, message.bytes);
         }
-        self.queue_appends(node, shard, actions.appends);
+        self.queue_writes(node, shard, actions.log_writes);
         for plan in actions.fetch {
             let wait = self.read_delay();
             self.schedule.after(wait, Planned::Fetched { node, life, shard, plan });
+        }
+        if let Some(places) = actions.read_back {
+            let wait = self.read_delay();
+            self.schedule.after(wait, Planned::ReadBack { node, life, shard, places });
+        }
+        if let Some(LogTail { applied, from }) = actions.log_tail
+            && let Some(running) = &self.nodes[node].running
+        {
+            running.segments.tail_begins(shard, applied, from);
         }
         if let Some(above) = actions.keep_above
             && let Some(running) = &self.nodes[node].running

@@ -8,8 +8,10 @@
 //! ```
 //!
 //! The newest record of an index counts, and makes what was above it void: records are seen in the
-//! order of writing, so an entry at an index cuts off everything from that index on. Entries that do
-//! not lie behind the shard's log floor are void from the start: a snapshot took their place.
+//! order of writing, so an entry at an index cuts off everything from that index on. Not so a copy,
+//! which has the term of the one before it: it is the same entry at another place. What comes
+//! before copies in the log may have been let go, so that gaps count only at the end. Entries that
+//! do not lie behind the shard's log floor are void from the start: a snapshot took their place.
 
 use bytes::{Bytes, BytesMut};
 use nbd_log::checksum::crc32c;
@@ -93,10 +95,11 @@ pub struct MissingEntries {
 pub(crate) struct ShardScan {
     shard: ShardId,
     checkpoint: ShardRecord,
-    /// Entries without a gap. The first lies at most one behind the checkpoint's applied index.
+    /// Entries without a gap.
     entries: Vec<EntryPlace>,
     hard_state: Option<HardState>,
-    missing: Option<MissingEntries>,
+    /// The gap before `entries`, if there were others that they do not follow.
+    gap: Option<MissingEntries>,
 }
 
 /// What Raft's log begins behind, and the entries from there on.
@@ -108,7 +111,7 @@ struct Kept {
 impl ShardScan {
     /// A scan that has seen nothing, on top of a checkpoint.
     pub(crate) const fn new(shard: ShardId, checkpoint: ShardRecord) -> Self {
-        Self { shard, checkpoint, entries: Vec::new(), hard_state: None, missing: None }
+        Self { shard, checkpoint, entries: Vec::new(), hard_state: None, gap: None }
     }
 
     /// The last entry that is known of.
@@ -127,26 +130,39 @@ impl ShardScan {
         if position <= self.checkpoint.log_floor {
             return;
         }
-        let next = self.entries.last().map(|last| last.index.next());
-        if next.is_none_or(|next| entry.index > next) && entry.index > self.last().next() {
-            let (shard, expected, found) = (self.shard, self.last().next(), entry.index);
-            self.missing.get_or_insert(MissingEntries { shard, expected, found });
-            return;
-        }
-        match self.entries.first().and_then(|first| entry.index.0.checked_sub(first.index.0)) {
-            Some(nth) if nth <= self.entries.len() as u64 => self.entries.truncate(to_usize(nth)),
-            // Everything so far is void, or of no use: home already, and with a gap behind it.
-            _ => self.entries.clear(),
-        }
         let (index, term, kind, len) = (entry.index, entry.term, entry.kind, entry.data.len());
-        let crc = crc32c(entry.data);
-        self.entries.push(EntryPlace { index, term, kind, position, len, crc });
+        let place = EntryPlace { index, term, kind, position, len, crc: crc32c(entry.data) };
+        match self.entries.first().and_then(|first| index.0.checked_sub(first.index.0)) {
+            Some(nth) if nth <= self.entries.len() as u64 => {
+                if let Some(known) = self.entries.get_mut(to_usize(nth))
+                    && known.term == term
+                {
+                    *known = place;
+                    return;
+                }
+                self.entries.truncate(to_usize(nth));
+            }
+            // Everything so far is void, or of no use unless it is home already.
+            _ => {
+                let (shard, expected) = (self.shard, self.last().next());
+                self.gap = Some(MissingEntries { shard, expected, found: index });
+                self.entries.clear();
+            }
+        }
+        self.entries.push(place);
     }
 
-    /// Where the first entry to be replayed lies.
+    /// The gap between the checkpoint and the entries, if there is one.
+    fn missing(&self) -> Option<MissingEntries> {
+        let (expected, found) = (self.checkpoint.applied.next(), self.entries.first()?.index);
+        let gap = MissingEntries { shard: self.shard, expected, found };
+        (found > expected).then(|| self.gap.filter(|gap| gap.found == found).unwrap_or(gap))
+    }
+
+    /// Where the entries to be replayed begin.
     pub(crate) fn first_position(&self) -> Option<LogPosition> {
-        let mut entries = self.entries.iter();
-        entries.find(|entry| entry.index > self.checkpoint.applied).map(|entry| entry.position)
+        let replayed = self.entries.iter().filter(|entry| entry.index > self.checkpoint.applied);
+        replayed.map(|entry| entry.position).min()
     }
 
     /// The hard state to go on with, once all records were seen.
@@ -155,7 +171,7 @@ impl ShardScan {
     /// [`MissingEntries`] when the entries have a gap, or end before what the checkpoint knows to
     /// be committed.
     pub(crate) fn hard_state(&self) -> Result<HardState, MissingEntries> {
-        if let Some(missing) = self.missing {
+        if let Some(missing) = self.missing() {
             return Err(missing);
         }
         let (last, known) = (self.last(), self.checkpoint.hard_state);

@@ -192,8 +192,8 @@ fn power_loss_while_a_directory_is_made() {
     }
 }
 
-// Goal: a checkpoint that power failed in has overwritten blocks in place by halves. The log has all
-// of it, so that no replica that asks for the chunk, and no scrub, takes it for damaged.
+// Goal: a checkpoint that power failed in has overwritten blocks in place by halves. The log has
+// all of it, so that no replica that asks for the chunk, and no scrub, takes it for damaged.
 #[test]
 fn a_checkpoint_that_power_failed_in_leaves_nothing_damaged() {
     let mut torn = 0;

@@ -251,6 +251,35 @@ impl SegmentPool {
         }
     }
 
+    /// Whether the log is half full and its oldest segment stays because of entries of this shard
+    /// that nothing covers: copies of them at the end of the log would let it go.
+    #[must_use]
+    pub fn is_held_up_by(&self, shard: ShardId) -> bool {
+        let state = self.state.lock();
+        let is_half_full = 2 * state.live.len() as u64 >= self.files_max();
+        let covered = state.covered.get(&shard).copied().unwrap_or_default();
+        let oldest = state.live.front().filter(|_| state.live.len() > 1);
+        is_half_full
+            && oldest.and_then(|segment| segment.indexes.get(&shard)).is_some_and(|indexes| {
+                let (_, highest) = *indexes;
+                highest > covered
+            })
+    }
+
+    /// The shard's entries above `applied` that count lie at `from` or behind: others above it, in
+    /// segments before, were superseded or copied, and keep nothing.
+    pub fn tail_begins(&self, shard: ShardId, applied: LogIndex, from: LogPosition) {
+        let first = from.0 / self.options.segment_bytes;
+        let mut state = self.state.lock();
+        for segment in state.live.iter_mut().filter(|segment| segment.seq < first) {
+            match segment.indexes.get_mut(&shard) {
+                Some((lowest, _)) if *lowest > applied => _ = segment.indexes.remove(&shard),
+                Some((_, highest)) => *highest = applied.min(*highest),
+                None => {}
+            }
+        }
+    }
+
     /// Where the next batch will lie, or before. The data of every entry in the log begins at this
     /// position or before it (at it only if there is none), and that of every later one behind it.
     #[must_use]
@@ -309,6 +338,19 @@ impl SegmentPool {
         self.options.log_bytes_max
     }
 
+    /// Segments that ordinary writes leave alone, see [`super::LogWriter::append_ordinary`]: a
+    /// quarter of the log.
+    #[must_use]
+    pub fn reserve(&self) -> u64 {
+        (self.files_max() / 4).max(1)
+    }
+
+    /// Most bytes of log that ordinary writes fill.
+    #[must_use]
+    pub fn ordinary_bytes_max(&self) -> u64 {
+        self.options.log_bytes_max - self.reserve() * self.options.segment_bytes
+    }
+
     /// Size of one segment.
     #[must_use]
     pub const fn segment_bytes(&self) -> u64 {
@@ -340,11 +382,22 @@ impl SegmentPool {
         self.state.lock().live.front().map(|segment| segment.seq)
     }
 
-    /// Takes `count` spares, making files where there are too few and the bound allows it. All or
-    /// none. The longest unused come first.
-    pub(super) fn take_spares(&self, count: usize) -> Result<VecDeque<Spare>, TakeError> {
-        if let Some(spares) = self.state.lock().take(count) {
-            return Ok(spares);
+    /// Takes `count` spares so that `leaving` segments can still be taken, making files where there
+    /// are too few and the bound allows it. All or none. The longest unused come first.
+    pub(super) fn take_spares(
+        &self,
+        count: usize,
+        leaving: u64,
+    ) -> Result<VecDeque<Spare>, TakeError> {
+        {
+            let mut state = self.state.lock();
+            let room = usize::try_from(self.files_max() - leaving).unwrap_or(usize::MAX);
+            if !state.shrink_live(room.saturating_sub(count)) {
+                return Err(TakeError::Full);
+            }
+            if let Some(spares) = state.take(count) {
+                return Ok(spares);
+            }
         }
         let _creating = self.creating.lock();
         loop {
@@ -472,6 +525,16 @@ impl State {
             let epoch = std::mem::take(&mut self.epoch);
             self.waiting.push_back(Waiting { epoch, segments });
         }
+    }
+
+    /// Frees segments that are covered, retained or not, until at most `max` are live. False if
+    /// there are more all the same.
+    fn shrink_live(&mut self, max: usize) -> bool {
+        let excess = self.live.len().saturating_sub(max);
+        if excess > 0 {
+            self.free(self.covered_segments().min(excess));
+        }
+        self.live.len() <= max
     }
 
     /// Frees up to `count` segments that are covered, retained or not. True if that made a spare.

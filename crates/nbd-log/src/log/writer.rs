@@ -81,12 +81,30 @@ impl LogWriter {
     /// segment; then a crash may keep the first of them and lose the rest. After
     /// [`AppendError::Write`] the writer refuses everything; the other errors wrote nothing.
     pub fn append(&mut self, records: &[Record<'_>]) -> Result<Vec<LogPosition>, AppendError> {
+        self.append_leaving(records, 0)
+    }
+
+    /// As [`LogWriter::append`], but the log is full already when only its reserve is left: a
+    /// shard whose entries hold up the whole log ([`SegmentPool::is_held_up_by`]) must still be
+    /// able to write what lets it go.
+    pub fn append_ordinary(
+        &mut self,
+        records: &[Record<'_>],
+    ) -> Result<Vec<LogPosition>, AppendError> {
+        self.append_leaving(records, self.pool.reserve())
+    }
+
+    fn append_leaving(
+        &mut self,
+        records: &[Record<'_>],
+        leaving: u64,
+    ) -> Result<Vec<LogPosition>, AppendError> {
         if self.failed {
             return Err(AppendError::Failed);
         }
         let plan = self.plan(records)?;
         let rotations = plan.iter().filter(|batch| batch.rotate).count();
-        let mut spares = self.take_spares(rotations)?;
+        let mut spares = self.take_spares(rotations, leaving)?;
         let mut positions = Vec::with_capacity(records.len());
         for batch in plan {
             if batch.rotate {
@@ -140,11 +158,11 @@ impl LogWriter {
         Ok(())
     }
 
-    fn take_spares(&mut self, count: usize) -> Result<VecDeque<Spare>, AppendError> {
+    fn take_spares(&mut self, count: usize, leaving: u64) -> Result<VecDeque<Spare>, AppendError> {
         if count == 0 {
             return Ok(VecDeque::new());
         }
-        self.pool.take_spares(count).map_err(|error| match error {
+        self.pool.take_spares(count, leaving).map_err(|error| match error {
             TakeError::Full => AppendError::Full,
             TakeError::Io { source, .. } if is_out_of_space(&source) => AppendError::NoSpace,
             TakeError::Io { file, source } => {

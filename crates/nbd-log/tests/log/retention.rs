@@ -134,6 +134,39 @@ fn void_entries_keep_no_segment_and_count_for_nothing() {
     assert_eq!(log.log.segments.first_kept(SHARD), Some(LogIndex(4)));
 }
 
+// Goal: a shard without a majority, whose entries nothing covers, does not fill the log for all
+// others: room is left for it, and copies of its entries let go of all that lay behind them.
+#[test]
+fn entries_that_hold_up_the_log_can_be_copied_to_its_end() {
+    const STUCK: ShardId = ShardId(1);
+    let disk = MemoryDisk::new(1);
+    let mut log = open(&disk, 1);
+    let segments = Arc::clone(&log.log.segments);
+    try_append(&mut log, STUCK.0, 1).unwrap();
+    try_append(&mut log, STUCK.0, 2).unwrap();
+    // Six segments, of which ordinary writes leave one.
+    let ordinary = |log: &mut Opened, index| {
+        let entry = entry(0, index, payload(index, 200_000));
+        log.log.writer.append_ordinary(&[entry.record()]).map(|_| ())
+    };
+    let full = (1..).find(|index| ordinary(&mut log, *index).is_err()).unwrap();
+    let all = BTreeMap::from([(SHARD, LogIndex(full - 1)), (STUCK, LogIndex(0))]);
+    assert_eq!(free(&segments, &all), 0, "the oldest segment stays");
+    assert!(matches!(ordinary(&mut log, full), Err(AppendError::Full)));
+    assert!(segments.is_held_up_by(STUCK) && !segments.is_held_up_by(SHARD));
+
+    // One of its two entries has been applied.
+    let copy = try_append(&mut log, STUCK.0, 2).unwrap();
+    segments.tail_begins(STUCK, LogIndex(1), copy);
+    assert!(!segments.is_held_up_by(SHARD));
+    assert_eq!(free(&segments, &all), 0, "entry 1 is applied, but not covered");
+    let all = BTreeMap::from([(SHARD, LogIndex(full - 1)), (STUCK, LogIndex(1))]);
+    assert!(free(&segments, &all) >= 4);
+    assert!(!segments.is_held_up_by(STUCK));
+    assert_eq!(segments.first_kept(STUCK), Some(LogIndex(2)));
+    ordinary(&mut log, full).unwrap();
+}
+
 #[test]
 fn a_segment_with_newer_hard_states_stays() {
     let disk = MemoryDisk::new(1);

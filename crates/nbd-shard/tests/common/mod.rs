@@ -7,16 +7,17 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use nbd_consensus::{Append, Entry, GroupConfig, OutMessage, Role, SnapshotOffer, Timestamp};
+use nbd_consensus::{Entry, GroupConfig, OutMessage, Role, SnapshotOffer, Timestamp};
 use nbd_log::checksum::crc32c;
-use nbd_log::io::MemoryDisk;
-use nbd_log::log::{EntryRecord, HardState, LogReader, LogWriter, Record, SegmentPool};
+use nbd_log::io::{CrashStyle, MemoryDisk};
+use nbd_log::log::{LogReader, LogWriter, SegmentPool};
 use nbd_shard::{
-    Actions, Answer, Event, FetchPlan, InstallPlan, Persisted, ShardReplica, log_kind, raft_kind,
+    Actions, Answer, Checkpointed, Event, FetchPlan, InstallPlan, LogTail, LogWrite, Persisted,
+    ShardReplica, raft_kind,
 };
 use nbd_store::{
-    Checkpointer, EntryPlace, Formation, NodeStore, RecoveredShard, ReplicaAddresses, ReplicaInfo,
-    ShardReader, ShardSnapshot, StoreOptions,
+    Checkpointer, EntryPlace, Formation, NodeStore, RaftRecovered, RecoveredShard,
+    ReplicaAddresses, ReplicaInfo, ShardReader, ShardSnapshot, StoreOptions,
 };
 use nbd_topology::{Membership, ReplicaId, ShardId};
 
@@ -28,14 +29,16 @@ const MIB: u64 = 1 << 20;
 pub(crate) type Tag = u32;
 
 pub(crate) struct Node {
+    disk: MemoryDisk,
     pub(crate) replica: ShardReplica<Tag>,
     pub(crate) reader: ShardReader,
     pub(crate) checkpointer: Checkpointer,
     pub(crate) segments: Arc<SegmentPool>,
     log: LogWriter,
     log_reader: LogReader,
-    appends: VecDeque<Append>,
+    log_writes: VecDeque<LogWrite>,
     fetches: VecDeque<FetchPlan>,
+    read_backs: VecDeque<Vec<EntryPlace>>,
     pub(crate) answers: BTreeMap<Tag, Answer>,
     pub(crate) offered: Option<SnapshotOffer>,
     pub(crate) install: Option<InstallPlan>,
@@ -89,8 +92,8 @@ fn options(at: usize) -> StoreOptions {
 
 impl Node {
     fn open(at: usize, replicas: usize, retention_bytes: u64) -> Self {
-        let disk = Arc::new(MemoryDisk::new(at as u64));
-        let store = NodeStore::open(disk, options(at)).unwrap();
+        let disk = MemoryDisk::new(at as u64);
+        let store = NodeStore::open(Arc::new(disk.clone()), options(at)).unwrap();
         let NodeStore { log, log_reader, segments, mut checkpointer, mut shards, .. } = store;
         checkpointer.form(SHARD, &formation(at, replicas)).unwrap();
         let RecoveredShard { writer, reader, mut raft, .. } = shards.remove(0);
@@ -102,13 +105,15 @@ impl Node {
         config.cache_bytes_max = 2000;
         let replica = ShardReplica::new(config, writer, raft, retention_bytes).unwrap();
         Self {
+            disk,
             replica,
             reader,
             checkpointer,
             segments,
             log,
             log_reader,
-            appends: VecDeque::new(),
+            log_writes: VecDeque::new(),
+            read_backs: VecDeque::new(),
             fetches: VecDeque::new(),
             answers: BTreeMap::new(),
             offered: None,
@@ -116,40 +121,15 @@ impl Node {
         }
     }
 
-    /// Makes an append durable.
-    fn write(&mut self, append: &Append) -> Persisted {
-        let hard_state = append.hard_state.map(|state| HardState {
-            term: state.term,
-            vote: state.vote.map_or(0, ReplicaId::get),
-            commit: state.commit,
-        });
-        let mut records: Vec<Record<'_>> =
-            hard_state.into_iter().map(|state| Record::HardState(SHARD, state)).collect();
-        let skipped = records.len();
-        records.extend(append.entries.iter().map(|entry| {
-            Record::Entry(EntryRecord {
-                shard: SHARD,
-                index: entry.index,
-                term: entry.term,
-                kind: log_kind(entry.kind),
-                data: &entry.data,
-            })
-        }));
+    /// Makes a write durable.
+    pub(crate) fn write(&mut self, write: &LogWrite) -> Persisted {
+        let records: Vec<_> = write.records(SHARD).collect();
         let positions =
             if records.is_empty() { Vec::new() } else { self.log.append(&records).unwrap() };
-        let place = |(entry, position): (&Entry, &nbd_log::log::LogPosition)| EntryPlace {
-            index: entry.index,
-            term: entry.term,
-            kind: log_kind(entry.kind),
-            position: *position,
-            len: entry.data.len(),
-            crc: crc32c(&entry.data),
-        };
-        let places = append.entries.iter().zip(positions.iter().skip(skipped)).map(place);
-        Persisted { ready: append.ready, places: places.collect() }
+        write.persisted(&mut positions.into_iter())
     }
 
-    fn read(&self, plan: &FetchPlan) -> Vec<Entry> {
+    fn read(&self, places: &[EntryPlace]) -> Vec<Entry> {
         let entry = |place: &EntryPlace| {
             let mut data = BytesMut::zeroed(place.len);
             self.log_reader.read(place.position, &mut data).ok()?;
@@ -157,11 +137,18 @@ impl Node {
             let (index, term, kind) = (place.index, place.term, raft_kind(place.kind));
             Some(Entry { index, term, kind, data: data.freeze() })
         };
-        plan.places.iter().map(entry).collect::<Option<_>>().unwrap_or_default()
+        places.iter().map(entry).collect::<Option<_>>().unwrap_or_default()
     }
 }
 
 impl Cluster {
+    /// What a replica would go on with, had it lost power now.
+    pub(crate) fn after_crash(&self, at: usize) -> RaftRecovered {
+        let disk = self.nodes[at].disk.after_crash_as(CrashStyle::Clean, 0);
+        let store = NodeStore::open(Arc::new(disk), options(at)).unwrap();
+        store.shards.into_iter().next().unwrap().raft
+    }
+
     pub(crate) fn new(replicas: usize, retention_bytes: u64) -> Self {
         let nodes = (0..replicas).map(|at| Node::open(at, replicas, retention_bytes)).collect();
         let (network, cut) = (VecDeque::new(), BTreeSet::new());
@@ -185,7 +172,11 @@ impl Cluster {
         let mut actions = Actions::default();
         let node = &mut self.nodes[at];
         node.replica.step(Timestamp(self.now), event, &mut actions);
-        node.appends.extend(actions.appends);
+        node.log_writes.extend(actions.log_writes);
+        node.read_backs.extend(actions.read_back);
+        if let Some(LogTail { applied, from }) = actions.log_tail {
+            node.segments.tail_begins(SHARD, applied, from);
+        }
         node.fetches.extend(actions.fetch);
         for (tag, answer) in actions.answers {
             assert_eq!(node.answers.insert(tag, answer), None, "{tag} is answered twice");
@@ -211,8 +202,8 @@ impl Cluster {
     /// Makes the oldest append of a replica durable.
     pub(crate) fn persist(&mut self, at: usize) -> bool {
         let node = &mut self.nodes[at];
-        let Some(append) = node.appends.pop_front() else { return false };
-        let persisted = node.write(&append);
+        let Some(write) = node.log_writes.pop_front() else { return false };
+        let persisted = node.write(&write);
         self.step(at, Event::Persisted(persisted));
         true
     }
@@ -231,9 +222,14 @@ impl Cluster {
             for at in 0..self.nodes.len() {
                 busy |= self.persist(at);
                 if let Some(plan) = self.nodes[at].fetches.pop_front() {
-                    let entries = self.nodes[at].read(&plan);
+                    let entries = self.nodes[at].read(&plan.places);
                     self.fetches += usize::from(!entries.is_empty());
                     self.step(at, Event::Fetched { first: plan.first, entries });
+                    busy = true;
+                }
+                if let Some(places) = self.nodes[at].read_backs.pop_front() {
+                    let entries = self.nodes[at].read(&places);
+                    self.step(at, Event::ReadBack(entries));
                     busy = true;
                 }
             }
@@ -260,7 +256,9 @@ impl Cluster {
         let snapshot = node.reader.snapshot().unwrap();
         let first_kept = node.segments.first_kept(SHARD);
         let (applied, term) = (snapshot.applied, snapshot.applied_term);
-        self.step(at, Event::Checkpointed { applied, term, first_kept });
+        let holds_up_log = node.segments.is_held_up_by(SHARD);
+        let checkpoint = Checkpointed { applied, term, first_kept, holds_up_log };
+        self.step(at, Event::Checkpointed(checkpoint));
     }
 
     /// Copies what `from` has at home and `to` lacks, and returns the snapshot that goes with it.

@@ -1,12 +1,14 @@
 //! A node's log thread and checkpoint thread.
 
+use std::sync::Arc;
+
 use bytes::BytesMut;
-use nbd_consensus::{Append, Entry};
+use nbd_consensus::Entry;
 use nbd_log::checksum::crc32c;
-use nbd_log::log::{AppendError, EntryRecord, HardState, LogPosition, Record};
-use nbd_shard::{Event, FetchPlan, Persisted, log_kind, raft_kind};
+use nbd_log::log::{AppendError, LogPosition, LogWriter, Record};
+use nbd_shard::{Checkpointed, Event, FetchPlan, LogWrite, raft_kind};
 use nbd_store::{CheckpointError, CheckpointReport, EntryPlace};
-use nbd_topology::{ReplicaId, ShardId};
+use nbd_topology::ShardId;
 use rand::Rng;
 
 use super::{Planned, World};
@@ -16,30 +18,20 @@ use crate::time::{MILLISECOND, Nanos};
 /// Wait before another try when the log has no room.
 const FULL_WAIT: Nanos = 5 * MILLISECOND;
 
-/// The log's records of a batch, in order: of each append its hard state, then its entries.
-fn records(batch: &[(ShardId, Append)]) -> Vec<Record<'_>> {
-    let mut records = Vec::new();
-    for (shard, append) in batch {
-        if let Some(state) = &append.hard_state {
-            let vote = state.vote.map_or(0, ReplicaId::get);
-            let state = HardState { term: state.term, vote, commit: state.commit };
-            records.push(Record::HardState(*shard, state));
-        }
-        records.extend(append.entries.iter().map(|entry| {
-            let (index, term, kind) = (entry.index, entry.term, log_kind(entry.kind));
-            Record::Entry(EntryRecord { shard: *shard, index, term, kind, data: &entry.data })
-        }));
-    }
-    records
+type LogAppend = fn(&mut LogWriter, &[Record<'_>]) -> Result<Vec<LogPosition>, AppendError>;
+
+/// The log's records of a batch, in order.
+fn records(batch: &[(ShardId, LogWrite)]) -> Vec<Record<'_>> {
+    batch.iter().flat_map(|(shard, write)| write.records(*shard)).collect()
 }
 
 impl World {
-    pub(super) fn queue_appends(&mut self, n: usize, shard: ShardId, appends: Vec<Append>) {
-        if appends.is_empty() {
+    pub(super) fn queue_writes(&mut self, n: usize, shard: ShardId, writes: Vec<LogWrite>) {
+        if writes.is_empty() {
             return;
         }
         let Some(running) = &mut self.nodes[n].running else { return };
-        running.queue.extend(appends.into_iter().map(|append| (shard, append)));
+        running.queue.extend(writes.into_iter().map(|write| (shard, write)));
         self.start_log(n);
     }
 
@@ -51,7 +43,7 @@ impl World {
             return;
         }
         running.writing = running.queue.drain(..).collect();
-        let empty = running.writing.iter().all(|(_, append)| append.is_empty());
+        let empty = running.writing.iter().all(|(_, write)| write.is_empty());
         let wait = if empty { 1_000 } else { self.write_delay() };
         self.schedule.after(wait, Planned::LogDone { node: n, life });
     }
@@ -75,61 +67,75 @@ impl World {
         }
         self.note_cached(n);
         let Some(running) = &mut self.nodes[n].running else { return };
-        let records = records(&running.writing);
-        let positions = if records.is_empty() {
-            Vec::new()
-        } else {
-            match running.log.append(&records) {
-                Ok(positions) => positions,
-                Err(AppendError::Full | AppendError::NoSpace) => {
-                    self.count("log writes without room");
-                    self.checkpoint(n);
-                    self.schedule.after(FULL_WAIT, Planned::LogDone { node: n, life });
-                    return;
-                }
-                Err(_) => {
-                    self.fail_node(n);
-                    return;
-                }
-            }
-        };
         let batch = std::mem::take(&mut running.writing);
-        self.acknowledge(n, life, batch, positions);
-        self.start_log(n);
+        match self.write_log(n, life, batch, LogWriter::append_ordinary) {
+            None => {}
+            Some(left) if left.is_empty() => self.start_log(n),
+            Some(left) => self.wait_for_room(n, life, left),
+        }
+    }
+
+    /// What the log thread does while there is no room for all of a batch.
+    fn wait_for_room(&mut self, n: usize, life: u32, mut batch: Vec<(ShardId, LogWrite)>) {
+        self.count("log writes without room");
+        let Some(running) = &mut self.nodes[n].running else { return };
+        batch.extend(running.queue.drain(..));
+        let segments = Arc::clone(&running.segments);
+        let is_urgent = |(shard, _): &mut (ShardId, LogWrite)| segments.is_held_up_by(*shard);
+        let urgent: Vec<_> = batch.extract_if(.., is_urgent).collect();
+        running.writing = batch;
+        let Some(left) = self.write_log(n, life, urgent, LogWriter::append) else { return };
+        if let Some(running) = &mut self.nodes[n].running {
+            running.writing.splice(..0, left);
+        }
+        self.checkpoint(n);
+        self.schedule.after(FULL_WAIT, Planned::LogDone { node: n, life });
+    }
+
+    /// Writes a batch, and returns it if there is no room for it; `None` if the node has ended.
+    fn write_log(
+        &mut self,
+        n: usize,
+        life: u32,
+        batch: Vec<(ShardId, LogWrite)>,
+        append: LogAppend,
+    ) -> Option<Vec<(ShardId, LogWrite)>> {
+        let running = self.nodes[n].running.as_mut()?;
+        let records = records(&batch);
+        let written =
+            if records.is_empty() { Ok(Vec::new()) } else { append(&mut running.log, &records) };
+        match written {
+            Ok(positions) => {
+                self.acknowledge(n, life, &batch, positions);
+                (self.nodes[n].life == life).then(Vec::new)
+            }
+            Err(AppendError::Full | AppendError::NoSpace) => Some(batch),
+            Err(_) => {
+                self.fail_node(n);
+                None
+            }
+        }
     }
 
     fn acknowledge(
         &mut self,
         n: usize,
         life: u32,
-        batch: Vec<(ShardId, Append)>,
+        batch: &[(ShardId, LogWrite)],
         positions: Vec<LogPosition>,
     ) {
         let mut positions = positions.into_iter();
-        let mut persisted = Vec::with_capacity(batch.len());
-        for (shard, append) in batch {
-            if append.hard_state.is_some() {
-                positions.next();
-            }
-            let place = |(entry, position): (&Entry, LogPosition)| EntryPlace {
-                index: entry.index,
-                term: entry.term,
-                kind: log_kind(entry.kind),
-                position,
-                len: entry.data.len(),
-                crc: crc32c(&entry.data),
-            };
-            let places = append.entries.iter().zip(positions.by_ref()).map(place).collect();
-            persisted.push((shard, Persisted { ready: append.ready, places }));
-        }
+        let persisted: Vec<_> =
+            batch.iter().map(|(shard, write)| (*shard, write.persisted(&mut positions))).collect();
         for (shard, persisted) in persisted {
             if self.nodes[n].life != life {
                 return;
             }
-            if let Some(group) =
-                self.nodes[n].running.as_mut().and_then(|r| r.groups.get_mut(&shard))
+            let running = self.nodes[n].running.as_mut();
+            if let Some(ready) = persisted.ready
+                && let Some(group) = running.and_then(|r| r.groups.get_mut(&shard))
             {
-                group.mirror.persisted(persisted.ready.0);
+                group.mirror.persisted(ready.0);
             }
             self.step(n, shard, Event::Persisted(persisted));
         }
@@ -190,8 +196,10 @@ impl World {
         for (&shard, &applied) in &report.applied {
             let Some(running) = &self.nodes[n].running else { return };
             let first_kept = running.segments.first_kept(shard);
+            let holds_up_log = running.segments.is_held_up_by(shard);
             let term = self.ledger.term(shard, applied);
-            self.step(n, shard, Event::Checkpointed { applied, term, first_kept });
+            let checkpoint = Checkpointed { applied, term, first_kept, holds_up_log };
+            self.step(n, shard, Event::Checkpointed(checkpoint));
         }
         self.repair(n, &report.damaged);
     }
@@ -200,20 +208,40 @@ impl World {
         if self.nodes[n].life != life {
             return;
         }
-        let Some(running) = &self.nodes[n].running else { return };
-        let mut entries = Vec::with_capacity(plan.places.len());
-        for place in &plan.places {
+        let entries = self.read_entries(n, &plan.places);
+        self.count("entries fetched from the log");
+        self.step(n, shard, Event::Fetched { first: plan.first, entries });
+    }
+
+    pub(super) fn on_read_back(
+        &mut self,
+        n: usize,
+        life: u32,
+        shard: ShardId,
+        places: &[EntryPlace],
+    ) {
+        if self.nodes[n].life != life {
+            return;
+        }
+        let entries = self.read_entries(n, places);
+        self.count("entries moved to the end of the log");
+        self.step(n, shard, Event::ReadBack(entries));
+    }
+
+    /// The entries at these places, or none.
+    fn read_entries(&self, n: usize, places: &[EntryPlace]) -> Vec<Entry> {
+        let Some(running) = &self.nodes[n].running else { return Vec::new() };
+        let mut entries = Vec::with_capacity(places.len());
+        for place in places {
             let mut data = BytesMut::zeroed(place.len);
             let read = running.log_reader.read(place.position, &mut data);
             if read.is_err() || crc32c(&data) != place.crc {
-                entries.clear();
-                break;
+                return Vec::new();
             }
             let (index, term, kind) = (place.index, place.term, raft_kind(place.kind));
             entries.push(Entry { index, term, kind, data: data.freeze() });
         }
-        self.count("entries fetched from the log");
-        self.step(n, shard, Event::Fetched { first: plan.first, entries });
+        entries
     }
 
     /// Power fails in the middle of what the log thread is doing.

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use nbd_consensus::{Append, GroupConfig, Timestamp, decode_change};
+use nbd_consensus::{GroupConfig, Timestamp, decode_change};
 use nbd_log::io::{DiskLock, MemoryDisk};
 use nbd_log::log::{LogReader, LogWriter, SegmentPool};
-use nbd_shard::{Event, ShardReplica};
+use nbd_shard::{Event, LogWrite, ShardReplica};
 use nbd_store::{
     Checkpointer, FormError, Formation, NodeStore, RecoveredShard, ReplicaAddresses, ReplicaInfo,
     ShardReader, SpaceGauge, StoreOptions,
@@ -70,9 +70,9 @@ pub(super) struct Running {
     /// Shards that are not formed here yet.
     pub(super) unformed: BTreeMap<ShardId, RecoveredShard>,
     /// For the log thread.
-    pub(super) queue: VecDeque<(ShardId, Append)>,
+    pub(super) queue: VecDeque<(ShardId, LogWrite)>,
     /// What the log thread is writing.
-    pub(super) writing: Vec<(ShardId, Append)>,
+    pub(super) writing: Vec<(ShardId, LogWrite)>,
     pub(super) attachments: BTreeMap<ConnectionId, Attachment>,
     /// The clock as of the last tick: good enough for a first look at the lease.
     pub(super) coarse: Timestamp,

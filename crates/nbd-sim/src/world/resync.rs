@@ -98,7 +98,12 @@ impl World {
             for stamp in &page.chunks {
                 match reader.read_chunk(stamp.volume, stamp.chunk) {
                     Ok(image) => images.extend(image),
-                    Err(_) => return,
+                    Err(error) => {
+                        // The source has it repaired; the next offer begins anew.
+                        self.note_damage(resync.source, &error);
+                        self.repair_chunk(resync.source, shard, stamp.volume, stamp.chunk);
+                        return;
+                    }
                 }
             }
             let Some(running) = &mut self.nodes[n].running else { return };

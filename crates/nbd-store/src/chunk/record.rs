@@ -22,7 +22,7 @@
 //! 56            64                  72
 //! +-------------+-------------------+
 //! | replica u64 | log floor u64     |   replica: own id, 0 before the shard is formed; floor: log
-//! +-------------+-------------------+   position, entries of the shard before it are void
+//! +-------------+-------------------+   position, entries not behind it are void
 //! ```
 
 use nbd_log::checksum::Crc32c;

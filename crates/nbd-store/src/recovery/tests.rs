@@ -39,6 +39,17 @@ fn the_newest_record_of_an_index_counts() {
     assert_eq!(seen.hard_state().unwrap(), checkpoint(10, 10).hard_state);
 }
 
+#[test]
+fn copies_supersede_nothing() {
+    // Copies of 11 and 12, half of what was to be copied when power failed.
+    let seen = scan(10, 10, &[(11, 3), (12, 3), (13, 4), (11, 3), (12, 3)]);
+    assert_eq!(positions(&seen), [4, 5, 3]);
+    // What came before copies has been let go, in part.
+    let seen = scan(10, 10, &[(13, 4), (14, 4), (11, 3), (12, 3), (13, 4), (14, 4), (15, 4)]);
+    assert_eq!(positions(&seen), [3, 4, 5, 6, 7]);
+    assert_eq!(seen.missing(), None);
+}
+
 fn kept(mut scan: ShardScan) -> (u64, u64, Vec<u64>) {
     let Kept { compacted: (index, term), entries } = scan.kept();
     (index.0, term.0, entries.iter().map(|entry| entry.index.0).collect())
@@ -69,7 +80,7 @@ fn entries_that_do_not_lie_behind_the_floor_are_void() {
     for (position, index) in [(3, 9), (4, 12), (5, 13), (6, 11), (7, 12)] {
         scan.see_entry(&entry(index), LogPosition(position));
     }
-    assert_eq!(scan.missing, None);
+    assert_eq!(scan.missing(), None);
     assert_eq!(positions(&scan), [6, 7]);
 }
 
