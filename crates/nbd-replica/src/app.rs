@@ -56,7 +56,10 @@ use crate::log_thread;
 use crate::metrics::NbdMetrics;
 use crate::nbd::{Listener, Node};
 use crate::session_service;
-use crate::shard_client::{Access, CorruptReads, Links, Room, ShardClient, end_earlier_sessions};
+use crate::shard_client::{
+    Access, AttachedSessions, CorruptReads, Links, Room, ShardClient, end_earlier_sessions,
+    expire_sessions,
+};
 
 /// A running node.
 #[derive(Debug)]
@@ -218,12 +221,15 @@ impl Replica {
         let clients: HashMap<_, _> = handles
             .iter()
             .map(|group| {
-                let client = ShardClient { group: group.clone(), access: Arc::clone(&access) };
-                (group.shard(), client)
+                let (group, access) = (group.clone(), Arc::clone(&access));
+                let attached = AttachedSessions::default();
+                (group.shard(), ShardClient { group, access, attached })
             })
             .collect();
         for client in clients.values() {
             shutdown.spawn(end_earlier_sessions(client.clone()));
+            let expiry = config.tuning.session_expiry.get();
+            shutdown.spawn(expire_sessions(client.clone(), expiry));
         }
         services.serve(grpc, &config, session_service::service(clients.clone()), &resync, damaged);
 

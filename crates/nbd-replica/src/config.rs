@@ -102,6 +102,12 @@ pub struct Tuning {
     #[arg(long, env = "NBD_SCRUB_INTERVAL", default_value = "24h", value_name = "TIME")]
     pub scrub_interval: HumanDuration,
 
+    /// Time after which a session is closed that no front end has been attached to: its front end
+    /// is gone for good, or cut off for so long that its clients are disconnected when it returns.
+    /// At least 1s.
+    #[arg(long, env = "NBD_SESSION_EXPIRY", default_value = "1h", value_name = "TIME")]
+    pub session_expiry: HumanDuration,
+
     /// How long /health waits for the replicated counter to move.
     #[arg(long, env = "NBD_HEALTH_DEADLINE", default_value = "1s", value_name = "TIME")]
     pub health_deadline: HumanDuration,
@@ -191,6 +197,16 @@ pub enum InvalidConfig {
         /// What may be given.
         allowed: &'static str,
     },
+    /// A time out of its range.
+    #[error("{name} is {value}: allowed is {allowed}")]
+    TimeOutOfRange {
+        /// The flag.
+        name: &'static str,
+        /// What was given.
+        value: HumanDuration,
+        /// What may be given.
+        allowed: &'static str,
+    },
     /// A volume size that the store cannot make.
     #[error("default_size is {0}: allowed is 4KiB to 64TiB, in steps of 512 bytes")]
     DefaultSize(ByteSize),
@@ -225,6 +241,10 @@ impl Config {
             default_size: size.bytes(),
         };
         check_sizes(&tuning)?;
+        let (name, value) = ("--session-expiry", tuning.session_expiry);
+        if value.get() < Duration::from_secs(1) {
+            return Err(InvalidConfig::TimeOutOfRange { name, value, allowed: "at least 1s" });
+        }
         Ok(Self { cluster, node, listen, data_dir, shards, volumes, tuning })
     }
 }
@@ -293,6 +313,7 @@ impl fmt::Display for Tuning {
         writeln!(f, "resync-bytes-per-second {}", self.resync_bytes_per_second)?;
         writeln!(f, "scrub-bytes-per-second  {}", self.scrub_bytes_per_second)?;
         writeln!(f, "scrub-interval       {}", self.scrub_interval)?;
+        writeln!(f, "session-expiry       {}", self.session_expiry)?;
         writeln!(f, "health-deadline      {}", self.health_deadline)?;
         writeln!(f, "shutdown-deadline    {}", self.shutdown_deadline)
     }
@@ -353,5 +374,9 @@ mod tests {
         let mut tuning = Tuning::defaults();
         tuning.log_segment_bytes = ByteSize::new((4 << 20) + 512);
         assert!(config(ONE, "a", tuning).is_err());
+        let mut tuning = Tuning::defaults();
+        tuning.session_expiry = "500ms".parse().unwrap();
+        let error = config(ONE, "a", tuning).unwrap_err();
+        assert_eq!(error.to_string(), "--session-expiry is 500ms: allowed is at least 1s");
     }
 }

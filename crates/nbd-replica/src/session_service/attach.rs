@@ -144,8 +144,9 @@ async fn open(
         return Ok(None);
     }
     let (sender, answers) = mpsc::channel(ANSWERS_MAX);
+    let presence = Arc::new(shard.attached.enter(session));
     let attached = Attached {
-        local: Local { shard: shard.clone(), volume, answers: sender },
+        local: Local { shard: shard.clone(), volume, answers: sender, _presence: presence },
         session,
         epoch,
         budget: shared.budget.clone(),

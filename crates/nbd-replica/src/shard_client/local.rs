@@ -7,6 +7,7 @@ use nbd_session::{Query, QueryId};
 use nbd_store::{CommandHeader, SpaceGrant, VolumeId};
 use tokio::sync::mpsc;
 
+use super::expiry::Presence;
 use super::read::{QueryError, Question};
 use super::{Answered, Failed, ShardClient};
 use crate::budget::BytePermit;
@@ -23,6 +24,8 @@ pub(crate) struct Local {
     pub(crate) shard: ShardClient,
     pub(crate) volume: VolumeId,
     pub(crate) answers: mpsc::Sender<Answered>,
+    /// Keeps the session from expiring.
+    pub(crate) _presence: Arc<Presence>,
 }
 
 impl Local {

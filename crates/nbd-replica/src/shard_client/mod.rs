@@ -19,6 +19,7 @@
 //! whoever leads. What other nodes' requests hold here is counted apart (see `session_service`):
 //! with one budget for both, two nodes that forward to each other could wait for one another.
 
+mod expiry;
 mod links;
 pub(crate) mod local;
 pub(crate) mod read;
@@ -48,6 +49,7 @@ use self::read::QueryData;
 use self::wire::Elsewhere;
 use crate::group_task::{Answer, GroupHandle, GroupStopped, LeaderAt, Route, RunError};
 
+pub(crate) use expiry::{AttachedSessions, expire_sessions};
 pub(crate) use links::Links;
 pub(crate) use read::{BlockRepair, Fetched, ReadData};
 pub(crate) use room::Room;
@@ -65,7 +67,7 @@ const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_millis(200);
 
 /// Time that the end of a session is tried to be put into the log. A session that stays open costs
-/// memory, until its node starts again.
+/// memory, until its node starts again or it expires.
 const CLOSE_MAX: Duration = Duration::from_secs(30);
 
 /// The same once the node stops: its next start ends what is left.
@@ -145,6 +147,8 @@ impl CorruptReads {
 pub(crate) struct ShardClient {
     pub(crate) group: GroupHandle,
     pub(crate) access: Arc<Access>,
+    /// The sessions attached to this node's replica while it leads.
+    pub(crate) attached: AttachedSessions,
 }
 
 impl Route {

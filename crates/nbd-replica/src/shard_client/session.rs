@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use nbd_session::{Attachment, ClientSession, Query, QueryId, Resend, Verdict};
@@ -387,8 +388,12 @@ impl SessionClient {
         self.state = match opened {
             Opened::Local => {
                 let (sender, answers) = mpsc::channel(LOCAL_ANSWERS_MAX);
+                let presence = Arc::new(self.shard.attached.enter(self.session.id()));
                 let (shard, volume) = (self.shard.clone(), self.volume);
-                State::Local { local: Local { shard, volume, answers: sender }, answers }
+                State::Local {
+                    local: Local { shard, volume, answers: sender, _presence: presence },
+                    answers,
+                }
             }
             Opened::Remote(remote, answers) => State::Remote { leader, remote, answers },
         };

@@ -3,7 +3,8 @@
 //!
 //! [`formation`]: a cluster that begins. [`failover`]: the leader is lost under load. [`catch_up`]:
 //! a replica comes back. [`majority`]: too few replicas are left. [`identity`]: data directories
-//! that do not belong. [`repair`]: a disk that changes what it holds.
+//! that do not belong. [`repair`]: a disk that changes what it holds. [`sessions`]: what is left of
+//! clients whose node is gone.
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails like the test")]
 
@@ -13,6 +14,7 @@ mod formation;
 mod identity;
 mod majority;
 mod repair;
+mod sessions;
 
 use std::thread;
 use std::time::{Duration, Instant};

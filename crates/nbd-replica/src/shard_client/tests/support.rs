@@ -143,7 +143,14 @@ impl Follower {
             corrupt: CorruptReads(Counter::noop()),
         };
         let group = leader.shard.group.with_route(route.subscribe());
-        Self { shard: ShardClient { group, access: Arc::new(access) }, route }
+        Self {
+            shard: ShardClient {
+                group,
+                access: Arc::new(access),
+                attached: AttachedSessions::default(),
+            },
+            route,
+        }
     }
 }
 
