@@ -16,8 +16,10 @@
 //! The reference keeps one copy, also where Cinderblock keeps three. Three replicas are attached to
 //! at the leader; at a follower as well, which has no aims.
 //!
-//! Then there is what no other server has: [`failover`], [`idle`], [`elections`].
+//! Then there is what no other server has: [`failover`], [`idle`], [`elections`],
+//! [`away`].
 
+mod away;
 mod elections;
 mod failover;
 mod fio;
@@ -83,6 +85,8 @@ enum Measurement {
     Idle(idle::Args),
     /// How often the leader changes under full load.
     Elections(elections::Args),
+    /// What a replica fetches that was away while there were light writes.
+    Away(away::Args),
 }
 
 /// A job, the servers it is compared on, and the ratio aimed at.
@@ -126,6 +130,7 @@ fn main() -> Result<()> {
         Some(Measurement::Failover(args)) => failover::run(&args, &place),
         Some(Measurement::Idle(args)) => idle::run(&args, &place),
         Some(Measurement::Elections(args)) => elections::run(&args, &place),
+        Some(Measurement::Away(args)) => away::run(&args, &place),
     }
 }
 

@@ -54,6 +54,8 @@ fn a_follower_that_was_away_too_long_fetches_what_changed_and_no_more() {
     cluster.put_in_front(cluster.wait_leader());
     let mut client = cluster.node().connect("volume").unwrap();
     fill(&mut client, 0, 40 * MIB, 0);
+    // Else it might not have heard that the last of it is committed, and would rightly fetch that.
+    cluster.wait_until_equal();
     cluster.at_mut(follower).kill_9();
     overtake_the_log(&cluster, 40);
     client.write_zeroes(10 * MIB, MIB, false).unwrap();
@@ -62,7 +64,7 @@ fn a_follower_that_was_away_too_long_fetches_what_changed_and_no_more() {
     let fetched = resynced(cluster.at(follower));
     let mib = |count: u32| f64::from(count) * f64::from(1 << 20);
     assert!(fetched > 0.0, "the log was enough: the test shows nothing");
-    assert!(fetched < mib(20), "{fetched} bytes were fetched for 2 MiB that changed");
+    assert!(fetched <= 1.2 * mib(2), "{fetched} bytes were fetched for 2 MiB that changed");
     // Alone with another it is a majority, and has everything.
     let other = (0..3).find(|at| *at != follower && *at != cluster.wait_leader()).unwrap();
     let leader = cluster.wait_leader();
