@@ -70,6 +70,8 @@ pub struct Network<M> {
     hosts: usize,
     /// For each pair, `from * hosts + to`: how many partitions keep them apart.
     blocked: Vec<u32>,
+    /// Likewise, how many of these partitions answer for whom they keep away: no connection works.
+    refused: Vec<u32>,
     connections: BTreeMap<ConnectionId, Connection<M>>,
     next: u64,
 }
@@ -79,7 +81,8 @@ impl<M> Network<M> {
     #[must_use]
     pub fn new(hosts: usize, profile: NetworkProfile, rng: StdRng) -> Self {
         let blocked = vec![0; hosts * hosts];
-        Self { rng, profile, hosts, blocked, connections: BTreeMap::new(), next: 1 }
+        let refused = vec![0; hosts * hosts];
+        Self { rng, profile, hosts, blocked, refused, connections: BTreeMap::new(), next: 1 }
     }
 
     /// Messages neither get lost nor late from now on.
@@ -87,12 +90,29 @@ impl<M> Network<M> {
         let profile = &mut self.profile;
         (profile.loss_ppm, profile.duplicate_ppm, profile.spike_ppm) = (0, 0, 0);
         self.blocked.fill(0);
+        self.refused.fill(0);
     }
 
     /// Begins or ends a partition of one direction.
     pub fn block(&mut self, from: Host, to: Host, begins: bool) {
         let count = &mut self.blocked[from * self.hosts + to];
         *count = if begins { *count + 1 } else { count.saturating_sub(1) };
+    }
+
+    /// Begins or ends that connections in one direction, which is blocked, are refused.
+    pub fn refuse(&mut self, from: Host, to: Host, begins: bool) {
+        let count = &mut self.refused[from * self.hosts + to];
+        *count = if begins { *count + 1 } else { count.saturating_sub(1) };
+    }
+
+    /// Whether whoever sends something to `side` is told that nobody is there.
+    #[must_use]
+    pub fn is_refused(&self, id: ConnectionId, side: Side) -> bool {
+        self.connections.get(&id).is_some_and(|connection| {
+            let hosts = connection.hosts;
+            let pair = hosts[side.other().index()] * self.hosts + hosts[side.index()];
+            connection.open[side.index()] && self.refused[pair] > 0
+        })
     }
 
     /// Whether nothing gets through.

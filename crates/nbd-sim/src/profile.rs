@@ -20,6 +20,10 @@ pub enum FaultKind {
     /// The same while one follower has not heard from it for long, and the other has just lost
     /// power and comes back at once.
     CornerLeader,
+    /// A leader is cut off from everything but its own node as soon as a majority has confirmed its
+    /// lease once more: it then lasts for as long as it may, and nobody hears from that leader again
+    /// after the round that it counts from.
+    CutAfterRound,
     /// A leader stands still for longer than its lease, and its connections break meanwhile.
     PauseLeader,
     /// A node loses power, and comes back.
@@ -50,10 +54,11 @@ pub enum FaultKind {
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Partition,
         Self::CutLeader,
         Self::CornerLeader,
+        Self::CutAfterRound,
         Self::PauseLeader,
         Self::Crash,
         Self::CrashInCheckpoint,
@@ -74,12 +79,24 @@ impl FaultKind {
         match self {
             Self::Pause | Self::Reset | Self::Transfer => 700 * MILLISECOND,
             Self::Partition | Self::Crash | Self::Disconnect => SECOND,
-            Self::CutLeader | Self::CornerLeader | Self::PauseLeader => 1_500 * MILLISECOND,
+            Self::CutLeader | Self::CornerLeader | Self::CutAfterRound | Self::PauseLeader => 1_500 * MILLISECOND,
             Self::CrashInCheckpoint => SECOND,
             Self::BitFlip | Self::FrontCrash | Self::FailedSync => 2 * SECOND,
             Self::FullDisk | Self::Blackout | Self::Wipe => 3 * SECOND,
         }
     }
+}
+
+/// How the rates of nodes' clocks differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drift {
+    /// Not at all.
+    None,
+    /// Each has a rate of its own, within the bound.
+    Any,
+    /// One is as slow, the others are as fast as the bound allows: the worst for what the one
+    /// promises itself for as long as the others wait.
+    Apart,
 }
 
 /// How messages travel.
@@ -131,6 +148,8 @@ pub struct Profile {
     pub hot_sectors: u64,
     /// Clients.
     pub clients: usize,
+    /// How many of them only read.
+    pub readers: usize,
     /// Chance of a client to choose a node's own front end rather than a balancer, in millionths.
     pub at_nodes_ppm: u32,
     /// Requests of all clients together.
@@ -145,8 +164,8 @@ pub struct Profile {
     pub long_writes_ppm: u32,
     /// How leaders know that they still lead.
     pub read_mode: ReadMode,
-    /// Whether clocks differ in rate.
-    pub drift: bool,
+    /// How clocks differ in rate.
+    pub drift: Drift,
     /// Bytes of log entries that nodes keep in memory.
     pub log_cache_bytes: usize,
     /// Bytes of log that nodes keep for followers that lag.
@@ -203,6 +222,7 @@ impl Profile {
             sectors,
             hot_sectors: rng.random_range(4..=48).min(sectors),
             clients: rng.random_range(2..=4),
+            readers: 0,
             at_nodes_ppm: 300_000,
             operations: rng.random_range(80..=300),
             depth: rng.random_range(1..=4),
@@ -210,7 +230,7 @@ impl Profile {
             reads_ppm: rng.random_range(200_000..=700_000),
             long_writes_ppm: if rng.chance(200_000) { 400_000 } else { 30_000 },
             read_mode: if rng.chance(200_000) { ReadMode::Quorum } else { ReadMode::Lease },
-            drift: rng.chance(700_000),
+            drift: if rng.chance(700_000) { Drift::Any } else { Drift::None },
             log_cache_bytes: if rng.chance(500_000) { 0 } else { 1 << 20 },
             retention_bytes: [0, 64 << 10, 1 << 20][rng.random_range(0..3)],
             checkpoint_interval: rng.span(30 * MILLISECOND, 2 * SECOND),
@@ -236,12 +256,22 @@ impl Profile {
 
 impl Profile {
     /// The names of [`Self::named`].
-    pub const NAMES: [&'static str; 8] =
-        ["calm", "elections", "cut", "corner", "pauses", "sessions", "checkpoints", "log"];
+    pub const NAMES: [&'static str; 9] = [
+        "calm",
+        "elections",
+        "cut",
+        "corner",
+        "leases",
+        "pauses",
+        "sessions",
+        "checkpoints",
+        "log",
+    ];
 
     /// A profile of a certain kind; what else there is to it comes from the seed. `calm` is without
     /// faults; the others look at one thing closely: elections with nodes that lose power, reads
-    /// while leaders are cut off, cornered or standing still, sessions that are attached anew,
+    /// while leaders are cut off, cornered or standing still, leases at the very end of which another
+    /// leader may be there, sessions that are attached anew,
     /// checkpoints that power fails in, a log that goes round.
     #[must_use]
     pub fn named(name: &str, seed: u64) -> Option<Self> {
@@ -266,6 +296,10 @@ impl Profile {
                     "corner" => &[(FaultKind::CornerLeader, 1_800 * MILLISECOND)],
                     _ => &[(FaultKind::PauseLeader, 1_200 * MILLISECOND)],
                 }
+            }
+            "leases" => {
+                profile.watch_lease_ends(&mut rng);
+                &[(FaultKind::CutAfterRound, 700 * MILLISECOND)]
             }
             "sessions" => {
                 (profile.hot_sectors, profile.reads_ppm) = (4, 400_000);
@@ -310,9 +344,26 @@ impl Profile {
         (self.clients, self.volumes, self.shards) = (4, 1, 1);
         (self.hot_sectors, self.reads_ppm, self.operations) = (3, 600_000, 4_000);
         (self.depth, self.think_max, self.long_writes_ppm) = (2, 10 * MILLISECOND, 0);
-        (self.read_mode, self.drift) = (ReadMode::Lease, true);
+        (self.read_mode, self.drift) = (ReadMode::Lease, Drift::Any);
         self.at_nodes_ppm = 900_000;
         self.network.spike_ppm = if rng.random() { 100_000 } else { 0 };
         self.network.spike_max = 250 * MILLISECOND;
+    }
+
+    /// The same with clocks as far apart, and with messages and disks as quick as can be: only a
+    /// few milliseconds lie between the end of a lease and what the next leader does.
+    fn watch_lease_ends(&mut self, rng: &mut StdRng) {
+        self.watch_leases(rng);
+        self.drift = Drift::Apart;
+        (self.clients, self.readers, self.operations) = (8, 4, 12_000);
+        (self.hot_sectors, self.reads_ppm) = (2, 500_000);
+        (self.depth, self.think_max) = (2, 6 * MILLISECOND);
+        let delay_min = rng.span(10_000, 100_000);
+        self.network.delay_min = delay_min;
+        self.network.delay_max = delay_min + rng.span(0, 300_000);
+        self.network.spike_ppm = 0;
+        self.disk.write_min = rng.span(20_000, 100_000);
+        self.disk.write_max = rng.span(100_000, 400_000);
+        self.disk.read_max = rng.span(20_000, 500_000);
     }
 }

@@ -499,6 +499,11 @@ impl World {
     }
 
     fn on_arrive(&mut self, connection: ConnectionId, side: Side) {
+        if self.network.is_refused(connection, side) {
+            self.network.leave(connection, side);
+            self.on_broken(connection, side.other());
+            return;
+        }
         if self.network.is_stuck(connection, side, self.schedule.now().0) {
             // It is sent again below, until it gets through.
             let wait: Nanos = 40 * crate::time::MILLISECOND;

@@ -149,7 +149,8 @@ impl World {
     fn ask(&mut self, client: usize) {
         let mut range = self.draw_range();
         let rng = &mut self.workload.rng;
-        if rng.chance(self.profile.reads_ppm) || self.workload.quiet {
+        let only_reads = client < self.profile.readers || self.workload.quiet;
+        if rng.chance(self.profile.reads_ppm) || only_reads {
             self.ask_read(client, range);
             return;
         }

@@ -1,5 +1,6 @@
 //! What goes wrong.
 
+use nbd_consensus::Timestamp;
 use nbd_log::io::{Disk, MemoryDisk, OpenMode};
 use nbd_shard::Event;
 use nbd_topology::ShardId;
@@ -13,6 +14,12 @@ use crate::network::{Host, Side};
 use crate::profile::FaultKind;
 use crate::random::Draw;
 use crate::time::{MILLISECOND, Nanos, SECOND};
+
+/// How often somebody looks whether a round has come to its end.
+const LOOK_INTERVAL: Nanos = MILLISECOND / 5;
+
+/// How often at most: for longer than a leader that is heard waits from one round to the next.
+const LOOKS_MAX: u32 = 1_000;
 
 /// Draws faults.
 #[derive(Debug)]
@@ -33,6 +40,10 @@ pub(super) enum Relief {
     /// That node is about to stand for election: the leader is cut off altogether, and the others
     /// forget when they heard from it.
     Forget { leader: usize, deaf: usize },
+    /// Connections between these hosts are not refused any more.
+    Accept(Vec<(Host, Host)>),
+    /// A leader is cut off as soon as its lease lasts longer than this.
+    AwaitRound { leader: usize, lease: Timestamp, looks: u32 },
     /// The node's disk has room again.
     Room(usize),
 }
@@ -67,6 +78,7 @@ impl World {
             FaultKind::Partition => self.partition(),
             FaultKind::CutLeader => self.cut_leader(),
             FaultKind::CornerLeader => self.corner_leader(),
+            FaultKind::CutAfterRound => self.cut_after_round(),
             FaultKind::PauseLeader => self.pause_leader(),
             FaultKind::Crash => self.crash_one(),
             FaultKind::CrashInCheckpoint => self.crash_in_checkpoint(),
@@ -130,13 +142,14 @@ impl World {
     }
 
     /// Blocks both ways between a node and all hosts but itself, for a while.
-    fn isolate(&mut self, n: usize, wait: Nanos) {
+    fn isolate(&mut self, n: usize, wait: Nanos) -> Vec<(Host, Host)> {
         let others = (0..self.paused.len()).filter(|host| *host != n);
         let pairs: Vec<_> = others.flat_map(|host| [(n, host), (host, n)]).collect();
         for &(from, to) in &pairs {
             self.network.block(from, to, true);
         }
-        self.schedule.after(wait, Planned::Relief(Relief::Unblock(pairs)));
+        self.schedule.after(wait, Planned::Relief(Relief::Unblock(pairs.clone())));
+        pairs
     }
 
     fn cut_leader(&mut self) {
@@ -203,6 +216,38 @@ impl World {
         }
     }
 
+    fn cut_after_round(&mut self) {
+        let Some(leader) = self.leader_of(ShardId(0)) else { return };
+        if let Some(lease) = self.lease_of(leader) {
+            self.await_round(leader, lease, LOOKS_MAX);
+        }
+    }
+
+    fn lease_of(&self, n: usize) -> Option<Timestamp> {
+        let running = self.nodes[n].running.as_ref()?;
+        running.groups.get(&ShardId(0))?.replica.read_lease()
+    }
+
+    /// Cuts a leader off once its lease has become longer than `lease`.
+    fn await_round(&mut self, leader: usize, lease: Timestamp, looks: u32) {
+        if self.phase != Phase::Busy || looks == 0 {
+            return;
+        }
+        if self.lease_of(leader).is_none_or(|until| until <= lease) {
+            let next = Relief::AwaitRound { leader, lease, looks: looks - 1 };
+            self.schedule.after(LOOK_INTERVAL, Planned::Relief(next));
+            return;
+        }
+        self.struck(FaultKind::CutAfterRound, leader);
+        let wait = self.nemesis.rng.span(300 * MILLISECOND, 600 * MILLISECOND);
+        let pairs = self.isolate(leader, wait);
+        for &(from, to) in &pairs {
+            self.network.refuse(from, to, true);
+        }
+        self.schedule.after(wait, Planned::Relief(Relief::Accept(pairs)));
+        self.refuse_connections(leader);
+    }
+
     fn pause_leader(&mut self) {
         let Some(leader) = self.leader_of(ShardId(0)) else { return };
         self.struck(FaultKind::PauseLeader, leader);
@@ -227,6 +272,12 @@ impl World {
                     self.network.block(from, to, false);
                 }
             }
+            Relief::Accept(pairs) => {
+                for (from, to) in pairs {
+                    self.network.refuse(from, to, false);
+                }
+            }
+            Relief::AwaitRound { leader, lease, looks } => self.await_round(leader, lease, looks),
             Relief::Deafen { leader, deaf } => self.deafen(leader, deaf),
             Relief::Forget { leader, deaf } => self.make_forget(leader, deaf),
             Relief::Room(n) => {

@@ -22,7 +22,7 @@ use super::{Planned, Reply, Told, World};
 use crate::failure::Breach;
 use crate::ledger::Mirror;
 use crate::network::{ConnectionId, Parcel, Side};
-use crate::profile::Profile;
+use crate::profile::{Drift, Profile};
 use crate::random::Draw;
 use crate::time::{DRIFT_PPM_MAX, MILLISECOND, Nanos, NodeClock, SECOND};
 
@@ -140,10 +140,19 @@ pub(super) fn initial_id(node: usize) -> ReplicaId {
 
 impl World {
     pub(super) fn make_nodes(&mut self) {
+        let slowest = match self.profile.drift {
+            Drift::Apart => self.rng.random_range(0..self.profile.nodes),
+            Drift::None | Drift::Any => 0,
+        };
         for n in 0..self.profile.nodes {
-            let drift = if self.profile.drift { DRIFT_PPM_MAX } else { 0 };
             let offset = self.rng.span(0, 1_000 * SECOND);
-            let clock = NodeClock::new(offset, self.rng.random_range(-drift..=drift));
+            let rate_ppm = match self.profile.drift {
+                Drift::None => self.rng.random_range(0..=0),
+                Drift::Any => self.rng.random_range(-DRIFT_PPM_MAX..=DRIFT_PPM_MAX),
+                Drift::Apart if n == slowest => -DRIFT_PPM_MAX,
+                Drift::Apart => DRIFT_PPM_MAX,
+            };
+            let clock = NodeClock::new(offset, rate_ppm);
             let disk = MemoryDisk::new(self.disks.random());
             disk.set_capacity(DISK_BYTES);
             self.nodes.push(Node {
