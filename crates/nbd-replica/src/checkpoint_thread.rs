@@ -15,10 +15,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_log::log::{HardState, SegmentPool};
+use nbd_shard::resync::Absent;
 use nbd_shard::{Checkpointed, InstallPlan};
 use nbd_store::{
-    CheckpointError, CheckpointReport, Checkpointer, ChunkImage, ChunkKey, ChunkRun, DamagedChunk,
-    FormError, Formation, ReceiveError, SpaceGauge,
+    CheckpointError, CheckpointReport, Checkpointer, ChunkImage, DamagedChunk, FormError,
+    Formation, ReceiveError, SpaceGauge,
 };
 use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use parking_lot::{Condvar, Mutex};
@@ -70,17 +71,6 @@ enum Work {
     RemoveAbsent(ShardId, Absent, Reply<u64, ReceiveError>),
     Install(ShardId, Box<InstallPlan>, Reply<(), ReceiveError>),
     Replace(ShardId, Box<ChunkImage>, Reply<bool, ReceiveError>),
-}
-
-/// Which chunks a peer has of those with keys in `(after, next]`; `None`: from the first, to the
-/// last.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Absent {
-    /// An entry that the peer's list covers.
-    pub(crate) upto: LogIndex,
-    pub(crate) after: Option<ChunkKey>,
-    pub(crate) next: Option<ChunkKey>,
-    pub(crate) present: Vec<ChunkRun>,
 }
 
 struct Job {

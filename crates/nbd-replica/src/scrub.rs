@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use metrics::{Counter, counter};
 use nbd_rpc::v1;
+use nbd_shard::resync::{digest_range_from, unequal_ranges};
 use nbd_store::{ChunkImage, ChunkIndex, ChunkKey, ReadError, ReceiveError, ShardReader, VolumeId};
 use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use tokio::sync::watch;
@@ -23,9 +24,9 @@ use crate::checkpoint_thread::{CheckpointHandle, JobError};
 use crate::chunk_service::{DIGEST_RANGES_MAX, DigestsAt};
 use crate::group_task::GroupHandle;
 use crate::repair::Repairer;
-use crate::resync::compare::{mismatches, unequal_ranges};
+use crate::resync::compare::mismatches;
 use crate::resync::source::{ChunkSource, SourceError};
-use crate::resync::{ChunkPeers, ResyncProgress, Throttle, digest_range_from};
+use crate::resync::{ChunkPeers, ResyncProgress, Throttle};
 
 /// Chunks read in one turn: 4 MiB if they are full.
 const PAGE_CHUNKS: usize = 64;

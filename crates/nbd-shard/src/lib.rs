@@ -17,7 +17,7 @@
 //! thing asked for is answered once, unless the replica is dropped.
 //!
 //! - [`replica`]: the owner of the state. [`event`]: the vocabulary. [`log_write`]: what goes to
-//!   the node's log.
+//!   the node's log. [`resync`]: the steps of fetching what a leader's log no longer holds.
 //! - `recovered`: from what the store found to a running group. `places`: where entries lie in the
 //!   node's log. `packer`: small commands share an entry.
 //! - [`limits`]: every bound, by name.
@@ -26,6 +26,7 @@ pub mod event;
 pub mod limits;
 pub mod log_write;
 pub mod replica;
+pub mod resync;
 
 mod packer;
 mod places;

@@ -79,7 +79,9 @@ impl FaultKind {
         match self {
             Self::Pause | Self::Reset | Self::Transfer => 700 * MILLISECOND,
             Self::Partition | Self::Crash | Self::Disconnect => SECOND,
-            Self::CutLeader | Self::CornerLeader | Self::CutAfterRound | Self::PauseLeader => 1_500 * MILLISECOND,
+            Self::CutLeader | Self::CornerLeader | Self::CutAfterRound | Self::PauseLeader => {
+                1_500 * MILLISECOND
+            }
             Self::CrashInCheckpoint => SECOND,
             Self::BitFlip | Self::FrontCrash | Self::FailedSync => 2 * SECOND,
             Self::FullDisk | Self::Blackout | Self::Wipe => 3 * SECOND,

@@ -1,4 +1,4 @@
-//! Carries out the steps of [`Resync`].
+//! Carries out the steps of [`nbd_shard::resync::Resync`].
 //!
 //! The driver's task runs for as long as the node; it ends when the node stops. One resync of a
 //! shard is under way at a time.
@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nbd_shard::InstallPlan;
+use nbd_shard::resync::{Got, Resync, Want, digest_range_from, unequal_ranges, unfinished};
 use nbd_store::{
     CheckpointError, ChunkImage, ChunkKey, ChunkStamp, ReadError, ReceiveError, ShardReader,
     ShardSnapshot,
@@ -18,8 +19,6 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::compare::{unequal_ranges, unfinished};
-use super::plan::{Got, Resync, Want};
 use super::progress::{Meter, ResyncProgress, Total};
 use super::source::{ChunkPeers, ChunkSource, SourceError};
 use super::throttle::Throttle;
@@ -387,13 +386,6 @@ impl<G: ResyncGroup> ResyncDriver<G> {
         }
         Ok(Got::Compared { differing, stale, next })
     }
-}
-
-/// The chunks of the range of digests that begins with this one.
-pub(crate) fn digest_range_from(
-    first: nbd_store::ChunkIndex,
-) -> std::ops::Range<nbd_store::ChunkIndex> {
-    first..nbd_store::ChunkIndex(first.0 + nbd_store::limits::DIGEST_CHUNKS)
 }
 
 type Storing = JoinHandle<Result<(), JobError<ReceiveError>>>;

@@ -11,12 +11,13 @@
 //!      └──────resync_ready, installed──────────┴──────────────▶ checkpoint thread
 //! ```
 //!
-//! - [`plan`]: the steps, without I/O. [`compare`]: what digests say. [`source`]: the peer.
+//! The steps themselves, without I/O, are those of [`nbd_shard::resync`].
+//!
+//! - [`source`]: the peer. [`compare`]: what digests say of two replicas that run.
 //! - `driver`: carries the steps out. [`progress`]: how far they are. [`throttle`]: their pace.
 
 pub(crate) mod compare;
 mod driver;
-pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod source;
 pub(crate) mod throttle;
@@ -29,7 +30,7 @@ use nbd_store::{ReplicaInfo, ShardReader, ShardSnapshot};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-pub(crate) use self::driver::{ResyncDriver, ResyncParts, digest_range_from};
+pub(crate) use self::driver::{ResyncDriver, ResyncParts};
 pub(crate) use self::progress::ResyncProgress;
 pub(crate) use self::source::ChunkPeers;
 pub(crate) use self::throttle::Throttle;

@@ -10,15 +10,19 @@
 //!                                      Ready ─▶ (the group) ─▶ Install ─▶ done
 //! ```
 //!
+//! `compare`: what digests say.
+//!
 //! Nothing is kept of an interrupted resync but what is in the store: whoever starts over is told
 //! by the manifest what there should be, skips what is there, and goes on with the rest.
+
+mod compare;
 
 use std::time::Duration;
 
 use nbd_store::{ChunkKey, ChunkRun, ChunkStamp, ShardSnapshot};
 use nbd_topology::LogIndex;
 
-use crate::checkpoint_thread::Absent;
+pub use self::compare::{Unfinished, digest_range_from, unequal_ranges, unfinished};
 
 /// A pass over the manifest that took longer is followed by another one, over what changed
 /// meanwhile: so that the log behind the snapshot is short when it takes over.
@@ -48,22 +52,45 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// The next step.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Want {
+pub enum Want {
     /// Bring home what was applied here, and say up to where.
     Checkpoint,
     /// Ask the source for its snapshot; chunks that changed since this entry are wanted.
-    Snapshot { since: LogIndex },
+    Snapshot {
+        /// What is home here.
+        since: LogIndex,
+    },
     /// Ask for a page of the manifest.
-    Page { since: LogIndex, after: Option<ChunkKey> },
+    Page {
+        /// Chunks that changed behind this entry are listed one by one.
+        since: LogIndex,
+        /// The page begins behind this chunk; `None`: with the first.
+        after: Option<ChunkKey>,
+    },
     /// Fetch these chunks, of a source that covers entries up to `upto`, and store them, but for
     /// those that are here in this version.
-    Fetch { chunks: Vec<ChunkStamp>, upto: LogIndex },
+    Fetch {
+        /// Which, and in which version.
+        chunks: Vec<ChunkStamp>,
+        /// What the source covers.
+        upto: LogIndex,
+    },
     /// Fetch these chunks and store them whatever is here.
-    Refetch { chunks: Vec<ChunkKey>, upto: LogIndex },
+    Refetch {
+        /// Which.
+        chunks: Vec<ChunkKey>,
+        /// What the source covers.
+        upto: LogIndex,
+    },
     /// Remove what the source does not have.
     Remove(Absent),
     /// Compare a page of digests, of what entries up to `upto` made.
-    Compare { after: Option<ChunkKey>, upto: LogIndex },
+    Compare {
+        /// The page begins behind the range that this chunk begins; `None`: with the first.
+        after: Option<ChunkKey>,
+        /// What the source covers.
+        upto: LogIndex,
+    },
     /// Tell the group that everything is here.
     Ready(Box<ShardSnapshot>),
     /// Do nothing for a while.
@@ -72,19 +99,39 @@ pub(crate) enum Want {
 
 /// What came of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Got {
+pub enum Got {
     /// Everything up to this entry is home.
-    Checkpoint { applied: LogIndex },
+    Checkpoint {
+        /// That entry.
+        applied: LogIndex,
+    },
     /// The source's snapshot.
-    Snapshot { snapshot: Box<ShardSnapshot> },
+    Snapshot {
+        /// As of its checkpoint.
+        snapshot: Box<ShardSnapshot>,
+    },
     /// A page of the manifest.
-    Page { chunks: Vec<ChunkStamp>, present: Vec<ChunkRun>, next: Option<ChunkKey> },
+    Page {
+        /// Chunks that changed.
+        chunks: Vec<ChunkStamp>,
+        /// All chunks that there are within the page.
+        present: Vec<ChunkRun>,
+        /// The last chunk of the page; `None`: there are no more.
+        next: Option<ChunkKey>,
+    },
     /// The chunks are in the store.
     Stored,
     /// What the source does not have is gone.
     Removed,
-    /// A page was compared. `stale`: there are chunks here that the source does not have.
-    Compared { differing: Vec<ChunkKey>, stale: bool, next: Option<ChunkKey> },
+    /// A page was compared.
+    Compared {
+        /// Chunks that are not as at the source.
+        differing: Vec<ChunkKey>,
+        /// There are chunks here that the source does not have.
+        stale: bool,
+        /// Where the next page begins; `None`: all were compared.
+        next: Option<ChunkKey>,
+    },
     /// The group has been told.
     Told,
     /// The time has passed.
@@ -93,9 +140,23 @@ pub(crate) enum Got {
     Failed,
 }
 
+/// Which chunks a peer has of those with keys in `(after, next]`; `None`: from the first, to the
+/// last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Absent {
+    /// An entry that the peer's list covers.
+    pub upto: LogIndex,
+    /// Where the list begins.
+    pub after: Option<ChunkKey>,
+    /// Where it ends.
+    pub next: Option<ChunkKey>,
+    /// The chunks that the peer has.
+    pub present: Vec<ChunkRun>,
+}
+
 /// Where a resync stands.
 #[derive(Debug)]
-pub(crate) struct Resync {
+pub struct Resync {
     state: State,
     pass: u32,
     pass_began: Duration,
@@ -142,29 +203,38 @@ impl Comparison {
     }
 }
 
+impl Default for Resync {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Resync {
     /// A resync to be begun.
-    pub(crate) fn new() -> Self {
+    #[must_use]
+    pub const fn new() -> Self {
         Self { state: State::Start, pass: 0, pass_began: Duration::ZERO, round: 0, failures: 0 }
     }
 
     /// Whether the group has been told and decides what follows.
-    pub(crate) const fn is_told(&self) -> bool {
+    #[must_use]
+    pub const fn is_told(&self) -> bool {
         matches!(self.state, State::Told)
     }
 
     /// Another peer is the source from now on. What is in the store stays of use.
-    pub(crate) fn source_changed(&mut self) {
+    pub fn source_changed(&mut self) {
         *self = Self::new();
     }
 
     /// The step to begin with.
-    pub(crate) fn begin(&self) -> Want {
+    #[must_use]
+    pub fn begin(&self) -> Want {
         self.want()
     }
 
     /// Takes what came of the last step, at the time `now` since anything; gives the next one.
-    pub(crate) fn step(&mut self, now: Duration, got: Got) -> Want {
+    pub fn step(&mut self, now: Duration, got: Got) -> Want {
         match got {
             Got::Failed => return self.failed(),
             Got::Paused => return self.want(),
