@@ -142,6 +142,11 @@ impl<M> Network<M> {
         [Some(first), again.then(|| self.delay(from, to))]
     }
 
+    /// A way there, or `None` if there is none.
+    pub fn way(&mut self, from: Host, to: Host) -> Option<Nanos> {
+        (!self.is_blocked(from, to)).then(|| self.delay(from, to))
+    }
+
     /// A way there and back, or `None` if there is none.
     pub fn round_trip(&mut self, from: Host, to: Host) -> Option<Nanos> {
         if self.is_blocked(from, to) || self.is_blocked(to, from) {

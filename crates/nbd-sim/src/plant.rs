@@ -26,7 +26,7 @@ pub enum Plant {
 #[cfg(feature = "planted-faults")]
 impl Plant {
     /// Every rule that can be broken, by name.
-    pub const ALL: [(&'static str, Self); 13] = {
+    pub const ALL: [(&'static str, Self); 14] = {
         use nbd_consensus::Fault as Consensus;
         use nbd_store::StoreFault as Store;
         [
@@ -40,6 +40,7 @@ impl Plant {
             ("slot-reused-early", Self::Store(Store::SlotReusedEarly)),
             ("log-freed-before-sync", Self::Store(Store::LogFreedBeforeSync)),
             ("partial-block-in-place", Self::Store(Store::PartialBlockInPlace)),
+            ("overtaken-transfer-taken", Self::Store(Store::OvertakenTransferTaken)),
             ("stale-reply-forwarded", Self::Session(nbd_session::Fault::ForwardStaleReply)),
             ("lease-not-checked-after-read", Self::LeaseNotCheckedAfterRead),
             ("persisted-without-payload", Self::PersistedWithoutPayload),

@@ -42,6 +42,9 @@ pub enum FaultKind {
     FrontCrash,
     /// Leadership is handed over.
     Transfer,
+    /// A follower is cut off for a while; shortly after it is back, leadership is handed over to
+    /// another one, and then to itself.
+    Strand,
     /// A sync of a node's disk fails.
     FailedSync,
     /// A node's disk has hardly any room for a while.
@@ -54,7 +57,7 @@ pub enum FaultKind {
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Partition,
         Self::CutLeader,
         Self::CornerLeader,
@@ -68,6 +71,7 @@ impl FaultKind {
         Self::Disconnect,
         Self::FrontCrash,
         Self::Transfer,
+        Self::Strand,
         Self::FailedSync,
         Self::FullDisk,
         Self::BitFlip,
@@ -82,7 +86,7 @@ impl FaultKind {
             Self::CutLeader | Self::CornerLeader | Self::CutAfterRound | Self::PauseLeader => {
                 1_500 * MILLISECOND
             }
-            Self::CrashInCheckpoint => SECOND,
+            Self::CrashInCheckpoint | Self::Strand => SECOND,
             Self::BitFlip | Self::FrontCrash | Self::FailedSync => 2 * SECOND,
             Self::FullDisk | Self::Blackout | Self::Wipe => 3 * SECOND,
         }
@@ -164,16 +168,21 @@ pub struct Profile {
     pub reads_ppm: u32,
     /// Chance of a write to be long, in millionths.
     pub long_writes_ppm: u32,
+    /// Chance of a mutation to trim a whole chunk, in millionths.
+    pub chunk_trims_ppm: u32,
     /// How leaders know that they still lead.
     pub read_mode: ReadMode,
     /// How clocks differ in rate.
     pub drift: Drift,
     /// Bytes of log entries that nodes keep in memory.
     pub log_cache_bytes: usize,
-    /// Bytes of log that nodes keep for followers that lag.
-    pub retention_bytes: u64,
+    /// Bytes of log that nodes keep for followers that lag: dealt out to the nodes in turn.
+    pub retention_bytes: Vec<u64>,
     /// Mean time between two checkpoints of a node.
     pub checkpoint_interval: Nanos,
+    /// Longest time that either end of a transfer takes for a step of it: to look something up, or
+    /// until its checkpoint thread comes to the job.
+    pub transfer_delay_max: Nanos,
     /// How messages travel.
     pub network: NetworkProfile,
     /// How long disks take.
@@ -231,11 +240,13 @@ impl Profile {
             think_max: rng.span(MILLISECOND, 60 * MILLISECOND),
             reads_ppm: rng.random_range(200_000..=700_000),
             long_writes_ppm: if rng.chance(200_000) { 400_000 } else { 30_000 },
+            chunk_trims_ppm: 0,
             read_mode: if rng.chance(200_000) { ReadMode::Quorum } else { ReadMode::Lease },
             drift: if rng.chance(700_000) { Drift::Any } else { Drift::None },
             log_cache_bytes: if rng.chance(500_000) { 0 } else { 1 << 20 },
-            retention_bytes: [0, 64 << 10, 1 << 20][rng.random_range(0..3)],
+            retention_bytes: vec![[0, 64 << 10, 1 << 20][rng.random_range(0..3)]],
             checkpoint_interval: rng.span(30 * MILLISECOND, 2 * SECOND),
+            transfer_delay_max: 3 * MILLISECOND,
             network: NetworkProfile {
                 loss_ppm: 0,
                 duplicate_ppm: 0,
@@ -258,7 +269,7 @@ impl Profile {
 
 impl Profile {
     /// The names of [`Self::named`].
-    pub const NAMES: [&'static str; 9] = [
+    pub const NAMES: [&'static str; 10] = [
         "calm",
         "elections",
         "cut",
@@ -268,13 +279,14 @@ impl Profile {
         "sessions",
         "checkpoints",
         "log",
+        "transfers",
     ];
 
     /// A profile of a certain kind; what else there is to it comes from the seed. `calm` is without
     /// faults; the others look at one thing closely: elections with nodes that lose power, reads
     /// while leaders are cut off, cornered or standing still, leases at the very end of which another
     /// leader may be there, sessions that are attached anew,
-    /// checkpoints that power fails in, a log that goes round.
+    /// checkpoints that power fails in, a log that goes round, transfers that the log overtakes.
     #[must_use]
     pub fn named(name: &str, seed: u64) -> Option<Self> {
         let mut rng = Streams::new(seed).of(Purpose::Profile);
@@ -333,6 +345,10 @@ impl Profile {
                     (FaultKind::CrashInCheckpoint, 500 * MILLISECOND),
                 ]
             }
+            "transfers" => {
+                profile.watch_transfers(&mut rng);
+                &[(FaultKind::Strand, 500 * MILLISECOND)]
+            }
             _ => return None,
         };
         profile.faults.extend(faults.iter().copied());
@@ -367,5 +383,19 @@ impl Profile {
         self.disk.write_min = rng.span(20_000, 100_000);
         self.disk.write_max = rng.span(100_000, 400_000);
         self.disk.read_max = rng.span(20_000, 500_000);
+    }
+
+    /// Chunks that come and go, sources that take their time, and logs that reach back far on some
+    /// nodes and not at all on others.
+    fn watch_transfers(&mut self, rng: &mut StdRng) {
+        (self.nodes, self.shards, self.volumes) = (3, 1, 1);
+        (self.sectors, self.hot_sectors) = (4_096, 4_000);
+        (self.clients, self.depth, self.operations) = (4, 4, 1_500);
+        (self.reads_ppm, self.think_max) = (200_000, 25 * MILLISECOND);
+        self.chunk_trims_ppm = 120_000;
+        let long = 4 << 20;
+        self.retention_bytes = if rng.random() { vec![0, long] } else { vec![long, 0] };
+        self.checkpoint_interval = rng.span(15 * MILLISECOND, 80 * MILLISECOND);
+        self.transfer_delay_max = rng.span(10 * MILLISECOND, 200 * MILLISECOND);
     }
 }

@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use nbd_consensus::{Role, Timestamp};
 use nbd_session::{Query, QueryId};
-use nbd_shard::{Actions, Answer, Event, FetchPlan, LogTail};
+use nbd_shard::{Actions, Answer, Event, FetchPlan, InstallPlan, LogTail};
 use nbd_store::{EntryPlace, Epoch, Outcome, Owner, Rejection, SessionId, SpaceGrant, VolumeId};
 use nbd_topology::{ReplicaId, ShardId};
 use rand::rngs::StdRng;
@@ -132,7 +132,9 @@ enum Planned {
     ReadBack { node: usize, life: u32, shard: ShardId, places: Vec<EntryPlace> },
     Read { node: usize, life: u32, job: ReadJob },
     ReadDone { node: usize, life: u32, job: ReadJob, bytes: Option<Bytes> },
-    Resync { node: usize, life: u32, shard: ShardId },
+    Resync { node: usize, life: u32, shard: ShardId, nth: u64, progress: Box<resync::Progress> },
+    Asked { node: usize, asker: resync::Asker, question: Box<resync::Question> },
+    Install { node: usize, life: u32, shard: ShardId, plan: Box<InstallPlan> },
     Arrive { connection: ConnectionId, side: Side },
     Attach { client: usize, generation: u32 },
     AttachTimeout { client: usize, generation: u32, epoch: Epoch },
@@ -312,6 +314,8 @@ impl World {
             | Planned::Read { node, .. }
             | Planned::ReadDone { node, .. }
             | Planned::Resync { node, .. }
+            | Planned::Asked { node, .. }
+            | Planned::Install { node, .. }
             | Planned::Join { node, .. } => Some(*node),
             Planned::Arrive { connection, side } => self.network.host(*connection, *side),
             Planned::Attach { client, .. }
@@ -353,7 +357,13 @@ impl World {
             Planned::ReadDone { node, life, job, bytes } => {
                 self.on_read_done(node, life, job, bytes);
             }
-            Planned::Resync { node, life, shard } => self.on_resync(node, life, shard),
+            Planned::Resync { node, life, shard, nth, progress } => {
+                self.on_resync(node, life, (shard, nth), *progress);
+            }
+            Planned::Asked { node, asker, question } => self.on_asked(node, asker, &question),
+            Planned::Install { node, life, shard, plan } => {
+                self.on_install(node, life, shard, &plan);
+            }
             Planned::Arrive { connection, side } => self.on_arrive(connection, side),
             Planned::Attach { client, generation } => self.on_attach(client, generation),
             Planned::AttachTimeout { client, generation, epoch } => {
@@ -384,7 +394,9 @@ impl World {
             Planned::Fetched { node, plan, .. } => (8, *node as u64, plan.first.0),
             Planned::Read { node, job, .. } => (9, *node as u64, job.id.0),
             Planned::ReadDone { node, job, .. } => (10, *node as u64, job.id.0),
-            Planned::Resync { node, .. } => (11, *node as u64, 0),
+            Planned::Resync { node, nth, .. } => (11, *node as u64, *nth),
+            Planned::Asked { node, .. } => (22, *node as u64, 0),
+            Planned::Install { node, .. } => (23, *node as u64, 0),
             Planned::Arrive { connection, side } => (12, connection.0, *side as u64),
             Planned::Attach { client, .. } => (13, *client as u64, 0),
             Planned::AttachTimeout { client, .. } => (14, *client as u64, 0),
@@ -468,7 +480,7 @@ impl World {
             self.drop_resync(node, shard);
         }
         if let Some(plan) = actions.install {
-            self.install(node, shard, &plan);
+            self.plan_install(node, shard, plan);
         }
     }
 

@@ -19,6 +19,9 @@ pub enum StoreFault {
     /// A block of which a part was overwritten goes home in place.
     #[cfg(feature = "planted-faults")]
     PartialBlockInPlace,
+    /// What a source said before the log went on is taken all the same.
+    #[cfg(feature = "planted-faults")]
+    OvertakenTransferTaken,
 }
 
 /// The fault planted in a store, if any.
@@ -42,5 +45,6 @@ faults!(
     applies_again: NoResultWindow,
     reuses_slots_early: SlotReusedEarly,
     frees_log_early: LogFreedBeforeSync,
-    splits_in_place: PartialBlockInPlace
+    splits_in_place: PartialBlockInPlace,
+    takes_overtaken: OvertakenTransferTaken
 );

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use nbd_session::Query;
+use nbd_store::limits::CHUNK_BYTES;
 use nbd_store::{Outcome, SessionId, WriteBuilder, encode_trim, encode_write_zeroes};
 use nbd_topology::ShardId;
 use rand::Rng;
@@ -21,6 +22,9 @@ use crate::time::MILLISECOND;
 
 /// Sectors of one read when a volume is read from end to end.
 const LAST_READ_SECTORS: u64 = 128;
+
+/// Sectors of a chunk.
+const CHUNK_SECTORS: u64 = CHUNK_BYTES / SECTOR_BYTES;
 
 /// What is left to be asked for.
 #[derive(Debug)]
@@ -154,8 +158,12 @@ impl World {
             self.ask_read(client, range);
             return;
         }
-        let what = rng.random_range(0..10);
-        if what >= 8 && rng.chance(300_000) {
+        let mut what = rng.random_range(0..10);
+        if rng.chance(self.profile.chunk_trims_ppm) {
+            what = 8;
+            range.start -= range.start % CHUNK_SECTORS;
+            range.end = (range.start + CHUNK_SECTORS).min(self.profile.sectors);
+        } else if what >= 8 && rng.chance(300_000) {
             // A whole chunk's worth, so that chunks come and go.
             range = range.start..(range.start + 160).min(self.profile.sectors);
         }

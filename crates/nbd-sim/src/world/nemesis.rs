@@ -44,6 +44,9 @@ pub(super) enum Relief {
     Accept(Vec<(Host, Host)>),
     /// A leader is cut off as soon as its lease lasts longer than this.
     AwaitRound { leader: usize, lease: Timestamp, looks: u32 },
+    /// Leadership moves on to another node than this one, which has just come back, and then to it.
+    PassOn { back: usize },
+    PassTo { node: usize },
     /// The node's disk has room again.
     Room(usize),
 }
@@ -88,6 +91,7 @@ impl World {
             FaultKind::Disconnect => self.disconnect_one(),
             FaultKind::FrontCrash => self.crash_front(),
             FaultKind::Transfer => self.transfer(),
+            FaultKind::Strand => self.strand(),
             FaultKind::FailedSync => self.fail_sync(),
             FaultKind::FullDisk => self.fill_disk(),
             FaultKind::BitFlip => self.flip_bit(),
@@ -272,6 +276,8 @@ impl World {
                     self.network.block(from, to, false);
                 }
             }
+            Relief::PassOn { back } => self.pass_on(back),
+            Relief::PassTo { node } => self.pass_to(|n| n == node),
             Relief::Accept(pairs) => {
                 for (from, to) in pairs {
                     self.network.refuse(from, to, false);
@@ -387,6 +393,42 @@ impl World {
         let to = others[self.nemesis.rng.random_range(0..others.len())];
         self.struck(FaultKind::Transfer, leader);
         self.step(leader, shard, Event::TransferLeader(to));
+    }
+
+    /// Cuts a follower off, until the log may not reach it any more.
+    fn strand(&mut self) {
+        let Some(leader) = self.leader_of(ShardId(0)) else { return };
+        let others: Vec<usize> = (0..self.nodes.len()).filter(|n| *n != leader).collect();
+        let back = others[self.nemesis.rng.random_range(0..others.len())];
+        self.struck(FaultKind::Strand, back);
+        let wait = self.nemesis.rng.span(100 * MILLISECOND, 500 * MILLISECOND);
+        self.isolate(back, wait);
+        let more = self.nemesis.rng.span(5 * MILLISECOND, 200 * MILLISECOND);
+        self.schedule.after(wait + more, Planned::Relief(Relief::PassOn { back }));
+    }
+
+    fn pass_on(&mut self, back: usize) {
+        self.pass_to(|n| n != back);
+        let wait = self.nemesis.rng.span(50 * MILLISECOND, 300 * MILLISECOND);
+        self.schedule.after(wait, Planned::Relief(Relief::PassTo { node: back }));
+    }
+
+    /// Hands leadership over to a voter on one of these nodes.
+    fn pass_to(&mut self, fits: impl Fn(usize) -> bool) {
+        let shard = ShardId(0);
+        let Some(leader) = self.leader_of(shard).filter(|_| self.phase == Phase::Busy) else {
+            return;
+        };
+        let Some(running) = &self.nodes[leader].running else { return };
+        let Some(group) = running.groups.get(&shard) else { return };
+        let membership = group.replica.status().membership;
+        let next = membership.voters().iter().copied().find(|id| {
+            let place = self.places.get(&(shard, *id));
+            place.is_some_and(|at| *at != leader && fits(*at))
+        });
+        if let Some(next) = next {
+            self.step(leader, shard, Event::TransferLeader(next));
+        }
     }
 
     fn fail_sync(&mut self) {

@@ -313,7 +313,9 @@ impl World {
             config.fault = Some(fault);
         }
         let mirror = Mirror::of(&raft);
-        let replica = ShardReplica::new(config, writer, raft, self.profile.retention_bytes);
+        let retention = &self.profile.retention_bytes;
+        let retention = retention[n % retention.len()];
+        let replica = ShardReplica::new(config, writer, raft, retention);
         let replica = match replica {
             Ok(replica) => replica,
             Err(error) => {

@@ -1,11 +1,17 @@
 //! Bringing replicas up to date: snapshots, chunks, members that come and go, repair.
+//!
+//! The steps of a resync are the product's own; what carries them out does as its driver does. A
+//! question takes its time to the source, there, and back again, and the replica that asked goes on
+//! meanwhile: it hears leaders, applies, and runs checkpoints.
 
 use nbd_consensus::SnapshotOffer;
 use nbd_log::log::HardState;
+use nbd_shard::resync::{self, Got, Want, digest_range_from, unequal_ranges, unfinished};
 use nbd_shard::{Answer, Event, InstallPlan};
 use nbd_store::{
-    ChunkIndex, ChunkKey, DamagedChunk, Formation, Outcome, ReceiveError, ReplicaAddresses,
-    ReplicaInfo, ReplicaRegistration, ShardSnapshot, VolumeId, encode_register_replica,
+    ChunkDigest, ChunkImage, ChunkIndex, ChunkKey, DamagedChunk, Formation, ManifestPage, Outcome,
+    RangeDigest, ReadError, ReceiveError, ReplicaAddresses, ReplicaInfo, ReplicaRegistration,
+    ShardReader, ShardSnapshot, VolumeId, encode_register_replica,
 };
 use nbd_topology::{LogIndex, Membership, MembershipChange, ReplicaId, ShardId};
 
@@ -13,7 +19,8 @@ use super::node::initial_id;
 use super::{Planned, Reply, World};
 use crate::failure::Breach;
 use crate::profile::FaultKind;
-use crate::time::{MILLISECOND, Nanos};
+use crate::random::Draw;
+use crate::time::{MILLISECOND, Nanos, SimTime};
 
 /// How often a node that joins looks how far it is.
 const JOIN_INTERVAL: Nanos = 60 * MILLISECOND;
@@ -21,119 +28,422 @@ const JOIN_INTERVAL: Nanos = 60 * MILLISECOND;
 /// Chunks in one page of a manifest.
 const PAGE_CHUNKS: usize = 2;
 
-/// How far a replica is in fetching another one's state.
+/// Ranges in one page of digests: more than a world has.
+const PAGE_RANGES: usize = 64;
+
+/// After how long an answer that does not come is given up.
+const ANSWER_TIMEOUT: Nanos = 500 * MILLISECOND;
+
+/// A resync under way.
 #[derive(Debug)]
 pub(super) struct Resync {
+    offer: SnapshotOffer,
     source: usize,
-    /// What the own checkpoint covers: older chunks need not be fetched.
-    since: LogIndex,
-    snapshot: Option<ShardSnapshot>,
-    after: Option<ChunkKey>,
-    /// Everything is fetched.
-    is_done: bool,
+    plan: resync::Resync,
+    began: SimTime,
+    /// Of the step under way: what comes of an earlier one is void.
+    nth: u64,
+    /// That step.
+    want: Want,
+    /// Of a comparison: where its next page begins.
+    next: Option<ChunkKey>,
+}
+
+/// What is asked of a source.
+#[derive(Debug)]
+pub(super) enum Question {
+    Snapshot { at_least: LogIndex },
+    Manifest { since: LogIndex, after: Option<ChunkKey> },
+    Chunks(Vec<ChunkKey>),
+    Digests { after: Option<ChunkKey> },
+    /// Of the ranges that begin with these.
+    ChunkDigests(Vec<ChunkKey>),
+}
+
+/// What a source says.
+#[derive(Debug)]
+pub(super) enum Finding {
+    Snapshot(ShardSnapshot),
+    Page(ManifestPage),
+    Images(Vec<ChunkImage>),
+    Digests(Vec<RangeDigest>),
+    ChunkDigests(Vec<(ChunkKey, Vec<ChunkDigest>)>),
+}
+
+/// Where a question comes from, and whom it is for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asker {
+    node: usize,
+    life: u32,
+    shard: ShardId,
+    id: ReplicaId,
+    nth: u64,
+    /// The replica that is asked, and its node's life at the time: a connection lasts no longer.
+    to: (ReplicaId, u32),
+}
+
+/// What happens in a resync.
+#[derive(Debug)]
+pub(super) enum Progress {
+    /// The node comes to the step that it can carry out alone.
+    Job,
+    /// The source has answered, or never will.
+    Answered(Option<Finding>),
+}
+
+/// Why a step came to nothing.
+enum StepError {
+    Store(ReceiveError),
+    Read,
+}
+
+impl From<ReceiveError> for StepError {
+    fn from(error: ReceiveError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<ReadError> for StepError {
+    fn from(_: ReadError) -> Self {
+        Self::Read
+    }
 }
 
 impl World {
     pub(super) fn on_snapshot_offered(&mut self, n: usize, shard: ShardId, offer: SnapshotOffer) {
         let Some(&source) = self.places.get(&(shard, offer.from)) else { return };
-        let since = self.covered(n, shard);
+        let began = self.schedule.now();
         let Some(group) = self.hosted(n, shard) else { return };
-        if group.resync.is_some() {
-            return;
-        }
-        let (snapshot, after) = (None, None);
-        group.resync = Some(Resync { source, since, snapshot, after, is_done: false });
-        self.plan_resync(n, shard);
+        let want = match &mut group.resync {
+            Some(resync) if resync.plan.is_told() || resync.offer.from == offer.from => return,
+            Some(resync) => {
+                (resync.offer, resync.source) = (offer, source);
+                resync.plan.source_changed();
+                resync.plan.begin()
+            }
+            None => {
+                let plan = resync::Resync::new();
+                let want = plan.begin();
+                let resync =
+                    Resync { offer, source, plan, began, nth: 0, want: want.clone(), next: None };
+                group.resync = Some(resync);
+                want
+            }
+        };
+        self.begin_step(n, shard, want);
     }
 
     fn hosted(&mut self, n: usize, shard: ShardId) -> Option<&mut super::node::Hosted> {
         self.nodes[n].running.as_mut()?.groups.get_mut(&shard)
     }
 
-    /// What the last checkpoint covers.
-    fn covered(&self, n: usize, shard: ShardId) -> LogIndex {
-        let running = self.nodes[n].running.as_ref();
-        let reader = running.and_then(|r| r.groups.get(&shard)).map(|group| &group.reader);
-        reader.and_then(|reader| reader.snapshot().ok()).map_or(LogIndex::ZERO, |s| s.applied)
-    }
-
+    /// The group does not need what it was told to be ready.
     pub(super) fn drop_resync(&mut self, n: usize, shard: ShardId) {
         if let Some(group) = self.hosted(n, shard) {
-            group.resync = None;
+            group.resync.take_if(|resync| resync.plan.is_told());
         }
     }
 
-    /// One exchange with the source, if it can be reached; otherwise the next offer begins anew.
-    fn plan_resync(&mut self, n: usize, shard: ShardId) {
+    /// Takes what came of a step, and begins the next one.
+    fn end_step(&mut self, n: usize, shard: ShardId, got: Got) {
+        let now = self.schedule.now();
+        let Some(resync) = self.hosted(n, shard).and_then(|group| group.resync.as_mut()) else {
+            return;
+        };
+        let elapsed = std::time::Duration::from_nanos(now.0 - resync.began.0);
+        let want = resync.plan.step(elapsed, got);
+        self.begin_step(n, shard, want);
+    }
+
+    fn begin_step(&mut self, n: usize, shard: ShardId, want: Want) {
+        let Some(group) = self.hosted(n, shard) else { return };
+        let Some(resync) = &mut group.resync else { return };
+        if resync.plan.is_told() {
+            // The group speaks next.
+            return;
+        }
+        if group.reader.applied() >= resync.offer.index {
+            group.resync = None;
+            self.count("resyncs overtaken by the log");
+            return;
+        }
+        resync.nth += 1;
+        resync.want = want.clone();
+        let at_least = resync.offer.index;
+        let reader = group.reader.clone();
+        match want {
+            Want::Checkpoint | Want::Remove(_) | Want::Ready(_) => {
+                let wait = self.transfer_delay();
+                self.plan_job(n, shard, wait);
+            }
+            Want::Pause(pause) => {
+                let wait = Nanos::try_from(pause.as_nanos()).unwrap_or(Nanos::MAX);
+                self.plan_job(n, shard, wait);
+            }
+            Want::Snapshot { .. } => self.ask_source(n, shard, Question::Snapshot { at_least }),
+            Want::Page { since, after } => {
+                self.ask_source(n, shard, Question::Manifest { since, after });
+            }
+            Want::Fetch { chunks, .. } => {
+                let is_missing = |stamp: &nbd_store::ChunkStamp| {
+                    !reader.has_chunk(stamp.volume, stamp.chunk, stamp.last_index).unwrap_or(false)
+                };
+                let missing = chunks.into_iter().filter(is_missing);
+                let missing: Vec<_> = missing.map(|stamp| (stamp.volume, stamp.chunk)).collect();
+                if missing.is_empty() {
+                    self.end_step(n, shard, Got::Stored);
+                } else {
+                    self.ask_source(n, shard, Question::Chunks(missing));
+                }
+            }
+            Want::Refetch { chunks, .. } => {
+                self.count("chunks fetched again");
+                self.ask_source(n, shard, Question::Chunks(chunks));
+            }
+            Want::Compare { after, .. } => self.ask_source(n, shard, Question::Digests { after }),
+        }
+    }
+
+    fn transfer_delay(&mut self) -> Nanos {
+        self.rng.span(10_000, self.profile.transfer_delay_max)
+    }
+
+    fn plan_job(&mut self, n: usize, shard: ShardId, wait: Nanos) {
+        self.plan_progress(n, shard, wait, Progress::Job);
+    }
+
+    fn plan_progress(&mut self, n: usize, shard: ShardId, wait: Nanos, progress: Progress) {
         let life = self.nodes[n].life;
-        let Some(source) = self.hosted(n, shard).and_then(|g| g.resync.as_ref()).map(|r| r.source)
+        let Some(nth) = self.hosted(n, shard).and_then(|g| g.resync.as_ref()).map(|r| r.nth) else {
+            return;
+        };
+        let planned = Planned::Resync { node: n, life, shard, nth, progress: Box::new(progress) };
+        self.schedule.after(wait, planned);
+    }
+
+    fn ask_source(&mut self, n: usize, shard: ShardId, question: Question) {
+        let life = self.nodes[n].life;
+        let Some(group) = self.hosted(n, shard) else { return };
+        let id = group.id;
+        let Some((source, to, nth)) =
+            group.resync.as_ref().map(|resync| (resync.source, resync.offer.from, resync.nth))
         else {
             return;
         };
-        match self.network.round_trip(n, source) {
-            Some(wait) => self.schedule.after(wait, Planned::Resync { node: n, life, shard }),
-            None => self.drop_resync(n, shard),
+        match self.network.way(n, source) {
+            Some(wait) => {
+                let to = (to, self.nodes[source].life);
+                let asker = Asker { node: n, life, shard, id, nth, to };
+                let planned = Planned::Asked { node: source, asker, question: Box::new(question) };
+                self.schedule.after(wait, planned);
+            }
+            None => self.plan_progress(n, shard, ANSWER_TIMEOUT, Progress::Answered(None)),
         }
     }
 
-    pub(super) fn on_resync(&mut self, n: usize, life: u32, shard: ShardId) {
+    /// The source looks up what a replica asks it.
+    pub(super) fn on_asked(&mut self, source: usize, asker: Asker, question: &Question) {
+        let finding = self.look_up(source, asker, question);
+        let slow = self.transfer_delay();
+        let wait = match self.network.way(source, asker.node) {
+            Some(wait) => wait + if finding.is_some() { slow } else { 0 },
+            None => ANSWER_TIMEOUT,
+        };
+        let reached = wait != ANSWER_TIMEOUT;
+        let Asker { node, life, shard, nth, .. } = asker;
+        let progress = Box::new(Progress::Answered(finding.filter(|_| reached)));
+        self.schedule.after(wait, Planned::Resync { node, life, shard, nth, progress });
+    }
+
+    fn look_up(&mut self, source: usize, asker: Asker, question: &Question) -> Option<Finding> {
+        let Asker { shard, id, to, .. } = asker;
+        if self.nodes[source].life != to.1 || self.nodes[source].replica_id(shard) != Some(to.0) {
+            return None;
+        }
+        let reader = self.reader_of(source, shard)?;
+        if !reader.replicas().iter().any(|known| known.id == id) {
+            return None;
+        }
+        match question {
+            Question::Snapshot { at_least } => {
+                let fits = |snapshot: &ShardSnapshot| {
+                    snapshot.applied >= *at_least && snapshot.membership.contains(id)
+                };
+                let found = reader.snapshot().ok().filter(fits);
+                if found.is_none() {
+                    self.checkpoint(source);
+                }
+                let found = found.or_else(|| reader.snapshot().ok().filter(fits));
+                found.map(Finding::Snapshot)
+            }
+            Question::Manifest { since, after } => {
+                reader.manifest(*since, *after, PAGE_CHUNKS).ok().map(Finding::Page)
+            }
+            Question::Chunks(chunks) => {
+                let mut images = Vec::new();
+                for &(volume, chunk) in chunks {
+                    match reader.read_chunk(volume, chunk) {
+                        Ok(image) => images.extend(image),
+                        Err(error) => {
+                            // It is repaired, and will be found whole next time.
+                            self.note_damage(source, &error);
+                            self.repair_chunk(source, shard, volume, chunk);
+                            return None;
+                        }
+                    }
+                }
+                Some(Finding::Images(images))
+            }
+            Question::Digests { after } => {
+                reader.digests(*after, PAGE_RANGES).ok().map(Finding::Digests)
+            }
+            Question::ChunkDigests(ranges) => {
+                let read = |&(volume, first): &ChunkKey| {
+                    let digests = reader.chunk_digests(volume, digest_range_from(first));
+                    digests.map(|digests| ((volume, first), digests))
+                };
+                let found: Result<Vec<_>, _> = ranges.iter().map(read).collect();
+                found.ok().map(Finding::ChunkDigests)
+            }
+        }
+    }
+
+    fn reader_of(&self, n: usize, shard: ShardId) -> Option<ShardReader> {
+        let running = self.nodes[n].running.as_ref()?;
+        running.groups.get(&shard).map(|group| group.reader.clone())
+    }
+
+    pub(super) fn on_resync(
+        &mut self,
+        n: usize,
+        life: u32,
+        (shard, nth): (ShardId, u64),
+        progress: Progress,
+    ) {
         if self.nodes[n].life != life {
             return;
         }
-        let Some(mut resync) = self.hosted(n, shard).and_then(|group| group.resync.take()) else {
+        let Some(resync) = self.hosted(n, shard).and_then(|group| group.resync.as_ref()) else {
             return;
         };
-        if resync.is_done {
+        if resync.nth != nth {
             return;
         }
-        let reader = self.nodes[resync.source].running.as_ref();
-        let Some(reader) = reader.and_then(|r| r.groups.get(&shard)).map(|g| g.reader.clone())
-        else {
-            return;
+        let want = resync.want.clone();
+        let got = match progress {
+            Progress::Job => self.carry_out_job(n, shard, want),
+            Progress::Answered(Some(finding)) => self.take_finding(n, shard, want, finding),
+            Progress::Answered(None) => Ok(Some(Got::Failed)),
         };
-        let upto = resync.snapshot.as_ref().map(|snapshot| snapshot.applied);
-        if let Some(upto) = upto {
-            let Ok(page) = reader.manifest(resync.since, resync.after, PAGE_CHUNKS) else { return };
-            let mut images = Vec::new();
-            for stamp in &page.chunks {
-                match reader.read_chunk(stamp.volume, stamp.chunk) {
-                    Ok(image) => images.extend(image),
-                    Err(error) => {
-                        // The source has it repaired; the next offer begins anew.
-                        self.note_damage(resync.source, &error);
-                        self.repair_chunk(resync.source, shard, stamp.volume, stamp.chunk);
-                        return;
-                    }
-                }
-            }
-            let Some(running) = &mut self.nodes[n].running else { return };
-            let checkpointer = &mut running.checkpointer;
-            let taken = checkpointer.write_chunks(shard, upto, images).and_then(|()| {
-                checkpointer.remove_absent(shard, upto, resync.after, page.next, &page.present)
-            });
-            match taken {
-                Ok(_) => {}
-                // The log has come further meanwhile: no transfer is needed, or another one.
-                Err(ReceiveError::Stale { .. }) => return,
-                Err(error) => {
+        match got {
+            Ok(Some(got)) => self.end_step(n, shard, got),
+            Ok(None) => {}
+            Err(StepError::Read) => self.end_step(n, shard, Got::Failed),
+            Err(StepError::Store(error)) => {
+                if matches!(error, ReceiveError::Stale { .. }) {
+                    self.count("transfers refused as overtaken");
+                } else {
                     self.on_receive_error(n, &error);
-                    return;
                 }
+                self.end_step(n, shard, Got::Failed);
             }
-            resync.after = page.next;
-            resync.is_done = page.next.is_none();
-        } else {
-            let Ok(snapshot) = reader.snapshot() else { return };
-            resync.snapshot = Some(snapshot);
         }
-        let ready = resync.is_done.then(|| resync.snapshot.clone()).flatten();
-        if let Some(group) = self.hosted(n, shard) {
-            group.resync = Some(resync);
+    }
+
+    /// What a node does alone. `None`: the group goes on.
+    fn carry_out_job(
+        &mut self,
+        n: usize,
+        shard: ShardId,
+        want: Want,
+    ) -> Result<Option<Got>, StepError> {
+        match want {
+            Want::Checkpoint => {
+                self.checkpoint(n);
+                let Some(reader) = self.reader_of(n, shard) else { return Ok(None) };
+                Ok(Some(Got::Checkpoint { applied: reader.snapshot()?.applied }))
+            }
+            Want::Remove(absent) => {
+                let resync::Absent { upto, after, next, present } = absent;
+                let Some(running) = &mut self.nodes[n].running else { return Ok(None) };
+                running.checkpointer.remove_absent(shard, upto, after, next, &present)?;
+                Ok(Some(Got::Removed))
+            }
+            Want::Ready(snapshot) => {
+                self.end_step(n, shard, Got::Told);
+                self.step(n, shard, Event::ResyncReady(*snapshot));
+                Ok(None)
+            }
+            Want::Pause(_) => Ok(Some(Got::Paused)),
+            _ => unreachable!("it is asked of the source"),
         }
-        match ready {
-            Some(snapshot) => self.step(n, shard, Event::ResyncReady(snapshot)),
-            None => self.plan_resync(n, shard),
+    }
+
+    /// Takes what the source says. `None`: there is more to ask.
+    fn take_finding(
+        &mut self,
+        n: usize,
+        shard: ShardId,
+        want: Want,
+        finding: Finding,
+    ) -> Result<Option<Got>, StepError> {
+        let Some(reader) = self.reader_of(n, shard) else { return Ok(None) };
+        match (want, finding) {
+            (Want::Snapshot { .. }, Finding::Snapshot(snapshot)) => {
+                Ok(Some(Got::Snapshot { snapshot: Box::new(snapshot) }))
+            }
+            (Want::Page { .. }, Finding::Page(page)) => {
+                let ManifestPage { chunks, present, next, .. } = page;
+                Ok(Some(Got::Page { chunks, present, next }))
+            }
+            (Want::Fetch { upto, .. } | Want::Refetch { upto, .. }, Finding::Images(images)) => {
+                let Some(running) = &mut self.nodes[n].running else { return Ok(None) };
+                running.checkpointer.write_chunks(shard, upto, images)?;
+                Ok(Some(Got::Stored))
+            }
+            (Want::Compare { after, .. }, Finding::Digests(theirs)) => {
+                let mine = reader.digests(after, PAGE_RANGES)?;
+                let (ranges, next) = unequal_ranges(&theirs, &mine);
+                if ranges.is_empty() {
+                    return Ok(self.end_comparison(n, shard, (Vec::new(), false), next));
+                }
+                if let Some(resync) = self.hosted(n, shard).and_then(|g| g.resync.as_mut()) {
+                    resync.next = next;
+                }
+                self.ask_source(n, shard, Question::ChunkDigests(ranges));
+                Ok(None)
+            }
+            (Want::Compare { upto, .. }, Finding::ChunkDigests(theirs)) => {
+                let (mut differing, mut stale) = (Vec::new(), false);
+                for ((volume, first), theirs) in theirs {
+                    let mine = reader.chunk_digests(volume, digest_range_from(first))?;
+                    let found = unfinished(volume, &theirs, &mine, upto);
+                    differing.extend(found.differing);
+                    stale |= found.stale;
+                }
+                let resync = self.hosted(n, shard).and_then(|group| group.resync.as_ref());
+                let next = resync.and_then(|resync| resync.next);
+                Ok(self.end_comparison(n, shard, (differing, stale), next))
+            }
+            (want, finding) => unreachable!("{finding:?} does not answer {want:?}"),
         }
+    }
+
+    fn end_comparison(
+        &mut self,
+        n: usize,
+        shard: ShardId,
+        (differing, mut stale): (Vec<ChunkKey>, bool),
+        next: Option<ChunkKey>,
+    ) -> Option<Got> {
+        let reader = self.reader_of(n, shard)?;
+        let at_home = reader.snapshot().ok().map(|snapshot| snapshot.applied);
+        if next.is_none() && at_home != Some(reader.applied()) {
+            // Something was applied here meanwhile, and is yet to come over what was fetched.
+            self.checkpoint(n);
+            stale = true;
+        }
+        Some(Got::Compared { differing, stale, next })
     }
 
     fn on_receive_error(&mut self, n: usize, error: &ReceiveError) {
@@ -148,11 +458,25 @@ impl World {
         }
     }
 
-    pub(super) fn install(&mut self, n: usize, shard: ShardId, plan: &InstallPlan) {
+    /// The checkpoint thread is to switch to a snapshot. The group goes on hearing its peers until
+    /// that is done.
+    pub(super) fn plan_install(&mut self, n: usize, shard: ShardId, plan: InstallPlan) {
+        let life = self.nodes[n].life;
+        if let Some(group) = self.hosted(n, shard) {
+            group.resync = None;
+        }
+        let wait = self.transfer_delay();
+        let plan = Box::new(plan);
+        self.schedule.after(wait, Planned::Install { node: n, life, shard, plan });
+    }
+
+    pub(super) fn on_install(&mut self, n: usize, life: u32, shard: ShardId, plan: &InstallPlan) {
+        if self.nodes[n].life != life {
+            return;
+        }
         let index = plan.snapshot.applied;
         if let Some(group) = self.hosted(n, shard) {
             group.mirror.installed(index);
-            group.resync = None;
         }
         let Some(running) = &mut self.nodes[n].running else { return };
         let vote = plan.hard_state.vote.map_or(0, ReplicaId::get);

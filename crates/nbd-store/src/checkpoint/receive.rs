@@ -295,7 +295,7 @@ impl Checkpointer {
     /// removed would come back, and nothing would apply them once more.
     fn refuse_overtaken(&self, shard: ShardId, upto: LogIndex) -> Result<(), ReceiveError> {
         let applied = self.records.get(&shard).ok_or(ReceiveError::UnknownShard)?.applied;
-        if applied > upto {
+        if applied > upto && !self.faults.takes_overtaken() {
             return Err(ReceiveError::Stale { snapshot: upto, applied });
         }
         Ok(())
