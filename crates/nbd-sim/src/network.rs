@@ -244,3 +244,33 @@ impl<M> Network<M> {
         ends
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::profile::Profile;
+    use crate::random::{Purpose, Streams};
+
+    use super::*;
+
+    #[test]
+    fn what_is_refused_is_told_once_and_in_one_direction() {
+        let streams = Streams::new(1);
+        let profile = Profile::calm(&mut streams.of(Purpose::Profile)).network;
+        let mut network = Network::<u8>::new(2, profile, streams.of(Purpose::Network));
+        let id = network.open(0, 1);
+        network.block(0, 1, true);
+        assert!(network.is_stuck(id, Side::Server, 0), "nobody answers for it");
+        assert!(!network.is_refused(id, Side::Server));
+        network.refuse(0, 1, true);
+        assert!(network.transmit(id, Side::Server, Parcel::Message(7), 0).is_some());
+        assert!(network.is_refused(id, Side::Server));
+        assert!(!network.is_refused(id, Side::Client), "the way back is open");
+        // Whoever is told takes the connection for broken: there is nothing to tell again.
+        network.leave(id, Side::Server);
+        assert!(!network.is_refused(id, Side::Server));
+        assert!(network.transmit(id, Side::Server, Parcel::Message(8), 0).is_none());
+        let another = network.open(0, 1);
+        network.refuse(0, 1, false);
+        assert!(!network.is_refused(another, Side::Server));
+    }
+}

@@ -21,8 +21,8 @@ pub enum FaultKind {
     /// power and comes back at once.
     CornerLeader,
     /// A leader is cut off from everything but its own node as soon as a majority has confirmed its
-    /// lease once more: it then lasts for as long as it may, and nobody hears from that leader again
-    /// after the round that it counts from.
+    /// lease once more: that then lasts for as long as it may, and nobody hears from the leader
+    /// again after the round that it counts from.
     CutAfterRound,
     /// A leader stands still for longer than its lease, and its connections break meanwhile.
     PauseLeader,
@@ -183,6 +183,8 @@ pub struct Profile {
     /// Longest time that either end of a transfer takes for a step of it: to look something up, or
     /// until its checkpoint thread comes to the job.
     pub transfer_delay_max: Nanos,
+    /// Chunks in one page of a transfer.
+    pub page_chunks: usize,
     /// How messages travel.
     pub network: NetworkProfile,
     /// How long disks take.
@@ -247,6 +249,7 @@ impl Profile {
             retention_bytes: vec![[0, 64 << 10, 1 << 20][rng.random_range(0..3)]],
             checkpoint_interval: rng.span(30 * MILLISECOND, 2 * SECOND),
             transfer_delay_max: 3 * MILLISECOND,
+            page_chunks: 2,
             network: NetworkProfile {
                 loss_ppm: 0,
                 duplicate_ppm: 0,
@@ -284,9 +287,9 @@ impl Profile {
 
     /// A profile of a certain kind; what else there is to it comes from the seed. `calm` is without
     /// faults; the others look at one thing closely: elections with nodes that lose power, reads
-    /// while leaders are cut off, cornered or standing still, leases at the very end of which another
-    /// leader may be there, sessions that are attached anew,
-    /// checkpoints that power fails in, a log that goes round, transfers that the log overtakes.
+    /// while leaders are cut off, cornered or standing still, leases at the very end of which there
+    /// may be another leader, sessions that are attached anew, checkpoints that power fails in, a
+    /// log that goes round, transfers that the log overtakes.
     #[must_use]
     pub fn named(name: &str, seed: u64) -> Option<Self> {
         let mut rng = Streams::new(seed).of(Purpose::Profile);
@@ -395,7 +398,8 @@ impl Profile {
         self.chunk_trims_ppm = 120_000;
         let long = 4 << 20;
         self.retention_bytes = if rng.random() { vec![0, long] } else { vec![long, 0] };
-        self.checkpoint_interval = rng.span(15 * MILLISECOND, 80 * MILLISECOND);
-        self.transfer_delay_max = rng.span(10 * MILLISECOND, 200 * MILLISECOND);
+        self.checkpoint_interval = rng.span(10 * MILLISECOND, 40 * MILLISECOND);
+        self.page_chunks = if rng.random() { 8 } else { 64 };
+        self.transfer_delay_max = rng.span(20 * MILLISECOND, 150 * MILLISECOND);
     }
 }

@@ -36,17 +36,31 @@ pub(super) enum Relief {
     /// These hosts reach those again.
     Unblock(Vec<(Host, Host)>),
     /// One node, which has everything, hears a leader no more.
-    Deafen { leader: usize, deaf: usize },
+    Deafen {
+        leader: usize,
+        deaf: usize,
+    },
     /// That node is about to stand for election: the leader is cut off altogether, and the others
     /// forget when they heard from it.
-    Forget { leader: usize, deaf: usize },
+    Forget {
+        leader: usize,
+        deaf: usize,
+    },
     /// Connections between these hosts are not refused any more.
     Accept(Vec<(Host, Host)>),
     /// A leader is cut off as soon as its lease lasts longer than this.
-    AwaitRound { leader: usize, lease: Timestamp, looks: u32 },
+    AwaitRound {
+        leader: usize,
+        lease: Timestamp,
+        looks: u32,
+    },
     /// Leadership moves on to another node than this one, which has just come back, and then to it.
-    PassOn { back: usize },
-    PassTo { node: usize },
+    PassOn {
+        back: usize,
+    },
+    PassTo {
+        node: usize,
+    },
     /// The node's disk has room again.
     Room(usize),
 }
@@ -403,7 +417,9 @@ impl World {
         self.struck(FaultKind::Strand, back);
         let wait = self.nemesis.rng.span(100 * MILLISECOND, 500 * MILLISECOND);
         self.isolate(back, wait);
-        let more = self.nemesis.rng.span(5 * MILLISECOND, 200 * MILLISECOND);
+        // In the middle of a transfer, if there is one: it takes some steps.
+        let step = self.profile.transfer_delay_max;
+        let more = self.nemesis.rng.span(step / 2, 4 * step);
         self.schedule.after(wait + more, Planned::Relief(Relief::PassOn { back }));
     }
 

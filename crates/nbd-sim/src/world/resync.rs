@@ -25,9 +25,6 @@ use crate::time::{MILLISECOND, Nanos, SimTime};
 /// How often a node that joins looks how far it is.
 const JOIN_INTERVAL: Nanos = 60 * MILLISECOND;
 
-/// Chunks in one page of a manifest.
-const PAGE_CHUNKS: usize = 2;
-
 /// Ranges in one page of digests: more than a world has.
 const PAGE_RANGES: usize = 64;
 
@@ -52,10 +49,17 @@ pub(super) struct Resync {
 /// What is asked of a source.
 #[derive(Debug)]
 pub(super) enum Question {
-    Snapshot { at_least: LogIndex },
-    Manifest { since: LogIndex, after: Option<ChunkKey> },
+    Snapshot {
+        at_least: LogIndex,
+    },
+    Manifest {
+        since: LogIndex,
+        after: Option<ChunkKey>,
+    },
     Chunks(Vec<ChunkKey>),
-    Digests { after: Option<ChunkKey> },
+    Digests {
+        after: Option<ChunkKey>,
+    },
     /// Of the ranges that begin with these.
     ChunkDigests(Vec<ChunkKey>),
 }
@@ -277,7 +281,7 @@ impl World {
                 found.map(Finding::Snapshot)
             }
             Question::Manifest { since, after } => {
-                reader.manifest(*since, *after, PAGE_CHUNKS).ok().map(Finding::Page)
+                reader.manifest(*since, *after, self.profile.page_chunks).ok().map(Finding::Page)
             }
             Question::Chunks(chunks) => {
                 let mut images = Vec::new();
