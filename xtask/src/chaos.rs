@@ -24,8 +24,10 @@ pub(crate) fn run(
     if let Some(directory) = &directory {
         std::fs::create_dir_all(directory).context("create the data directory")?;
     }
+    let seed = seed.unwrap_or_else(nbd_testkit::seed);
+    println!("chaos for {minutes} minutes, seed {seed}");
     let options = ChaosOptions {
-        seed: seed.unwrap_or_else(rand::random),
+        seed,
         duration,
         load: LoadOptions::default(),
         program: Some(target_directory(root)?.join("release/nbd-replica")),

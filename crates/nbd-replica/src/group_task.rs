@@ -260,7 +260,7 @@ impl GroupHandle {
         self.try_tell(Control::Checkpointed(checkpoint));
     }
 
-    /// A Raft message of a peer, its checksums verified. Dropped when too many wait.
+    /// A Raft message of a peer, whole. Dropped when too many wait.
     pub(crate) fn message(&self, bytes: Bytes) {
         self.try_tell(Control::Message(bytes));
     }

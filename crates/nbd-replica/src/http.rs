@@ -228,13 +228,24 @@ async fn digest_handler(
     Ok(Json(Digests { node: health.node.to_string(), shards }))
 }
 
-/// **Blocks.**
+/// One number for all chunks, as of the last checkpoint. **Blocks.**
 fn digest(reader: &ShardReader) -> Result<ShardDigest, ReadError> {
-    let applied = reader.snapshot()?.applied.0;
+    loop {
+        let applied = reader.snapshot()?.applied;
+        let digest = digest_of_chunks(reader)?;
+        // Else a checkpoint came in between, and some of it is newer.
+        if reader.snapshot()?.applied == applied {
+            let (shard, digest) = (reader.shard().0, format!("{digest:016x}"));
+            return Ok(ShardDigest { shard, applied: applied.0, digest });
+        }
+    }
+}
+
+fn digest_of_chunks(reader: &ShardReader) -> Result<u64, ReadError> {
     let (mut all, mut after) = (Xxh3::new(), None);
     loop {
         let ranges = reader.digests(after, DIGEST_RANGES_MAX)?;
-        let Some(last) = ranges.last() else { break };
+        let Some(last) = ranges.last() else { return Ok(all.digest()) };
         after = Some((last.volume, last.first));
         for range in &ranges {
             for number in [range.volume.0, range.first.0, range.digest] {
@@ -242,5 +253,4 @@ fn digest(reader: &ShardReader) -> Result<ShardDigest, ReadError> {
             }
         }
     }
-    Ok(ShardDigest { shard: reader.shard().0, applied, digest: format!("{:016x}", all.digest()) })
 }

@@ -10,6 +10,7 @@ use nbd_rpc::identity::replica_id;
 use nbd_rpc::v1;
 use nbd_store::Formation;
 use nbd_topology::{LogIndex, ReplicaId, ShardId};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -83,23 +84,19 @@ fn client_of(
     peers.client(grpc).map_err(|error| tonic::Status::invalid_argument(error.to_string()))
 }
 
-/// Shards that are no longer served here, because their groups removed this node's replica.
-#[derive(Debug, Clone)]
+/// Shards whose groups removed this node's replica. Clones are the same.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct RemovedShards {
-    shards: Arc<watch::Sender<BTreeSet<ShardId>>>,
+    shards: Arc<Mutex<BTreeSet<ShardId>>>,
 }
 
 impl RemovedShards {
-    pub(crate) fn new() -> Self {
-        Self { shards: Arc::new(watch::Sender::new(BTreeSet::new())) }
-    }
-
     pub(crate) fn contains(&self, shard: ShardId) -> bool {
-        self.shards.borrow().contains(&shard)
+        self.shards.lock().contains(&shard)
     }
 
     fn add(&self, shard: ShardId) {
-        self.shards.send_modify(|shards| _ = shards.insert(shard));
+        self.shards.lock().insert(shard);
     }
 }
 
@@ -181,7 +178,7 @@ impl MemberWatch {
                 Standing::InDoubt => match self.members().await {
                     Ok(reply) if is_listed(&reply, id) => settled_at = Instant::now(),
                     Ok(_) => {
-                        error!(%shard, replica = %id, "removed from its group: not served here");
+                        error!(%shard, replica = %id, "removed from its group");
                         self.removed.add(shard);
                         return;
                     }
@@ -296,7 +293,7 @@ mod tests {
 
     #[test]
     fn removed_shards_are_remembered() {
-        let removed = RemovedShards::new();
+        let removed = RemovedShards::default();
         assert!(!removed.contains(ShardId(3)));
         removed.add(ShardId(3));
         assert!(removed.contains(ShardId(3)));

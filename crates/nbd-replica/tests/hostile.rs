@@ -7,8 +7,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails like the test")]
 
-#[path = "lifecycle/metrics.rs"]
-mod metrics;
 #[path = "hostile/scene.rs"]
 mod scene;
 #[path = "hostile/sessions.rs"]
@@ -29,12 +27,13 @@ use nbd_proto::{
     ClientGoal, Command, ExportName, NbdError, PendingRead, ReplyStyle, RequestHeader,
     encode_request,
 };
-use nbd_testkit::{ClientError, Cluster, ConnectOptions, NbdClient, NodeProcess, Reply, process};
+use nbd_testkit::{
+    ClientError, Cluster, ConnectOptions, NbdClient, NodeProcess, Reply, process, seed,
+};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use socket2::SockRef;
 
-use self::metrics::metric;
 use self::scene::{Scene, fresh_client_is_served};
 use self::sessions::{Leave, Recording, VICTIM, mutated, play, recordings};
 use self::slow::{Fate, Herd};
@@ -47,14 +46,6 @@ const MIB: u64 = 1 << 20;
 const RSS_MAX: u64 = 256 * MIB;
 
 const STYLES: [ReplyStyle; 3] = [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended];
-
-/// Where random choices come from; printed, so that a failure can be replayed.
-fn seed() -> u64 {
-    let given = std::env::var("CINDERBLOCK_SEED").ok();
-    let seed = given.map_or_else(rand::random, |text| text.parse().expect("a number"));
-    println!("CINDERBLOCK_SEED={seed}");
-    seed
-}
 
 fn attach(node: &NodeProcess, export: &str, replies: ReplyStyle) -> NbdClient {
     let export = export.to_owned();
@@ -71,8 +62,8 @@ fn reset(mut client: NbdClient) {
 /// Waits until the node has `count` connections.
 fn await_connections(node: &NodeProcess, count: f64) {
     let began = Instant::now();
-    while metric(node, "nbd_connections") != Some(count) {
-        let connections = metric(node, "nbd_connections");
+    while node.metric("nbd_connections") != Some(count) {
+        let connections = node.metric("nbd_connections");
         assert!(began.elapsed() < Duration::from_secs(20), "{connections:?} are not {count}");
         thread::sleep(Duration::from_millis(10));
     }
@@ -138,7 +129,7 @@ fn random_and_mutated_sessions_hurt_nobody() {
     for text in ["handshake failed", "attached", "connection ended"] {
         assert!(count(text) > SESSIONS / 60, "{text:?} was logged {} times", count(text));
     }
-    let refused = metric(scene.node(), "nbd_requests_refused_total").unwrap();
+    let refused = scene.node().metric("nbd_requests_refused_total").unwrap();
     assert!(refused > 30.0, "{refused} requests were refused");
     await_connections(scene.node(), 1.0);
     scene.finish();
@@ -415,9 +406,9 @@ fn surplus_connections_are_closed_before_the_greeting() {
         let _ = stream.read_to_end(&mut greeting);
         assert_eq!(greeting, b"", "a connection too many was greeted");
     }
-    let refused = metric(scene.node(), "nbd_connections_refused_total");
+    let refused = scene.node().metric("nbd_connections_refused_total");
     assert_eq!(refused, Some(f64::from(surplus)));
-    assert_eq!(metric(scene.node(), "nbd_connections"), Some(16.0));
+    assert_eq!(scene.node().metric("nbd_connections"), Some(16.0));
     for (client, byte) in served.iter_mut().zip(1..) {
         client.write(0, &[byte; 4096]).unwrap();
     }

@@ -5,8 +5,6 @@
 
 #[path = "lifecycle/load.rs"]
 mod load;
-#[path = "lifecycle/metrics.rs"]
-mod metrics;
 #[path = "lifecycle/mount.rs"]
 mod mount;
 #[path = "lifecycle/run.rs"]
@@ -34,7 +32,6 @@ use nbd_testkit::{
 use serde_json::Value;
 
 use self::load::{Load, acknowledged_bytes, verify};
-use self::metrics::metric;
 use self::mount::SmallDisk;
 use self::run::Run;
 
@@ -69,7 +66,7 @@ fn metrics_count_what_happened() {
     client.trim(0, MIB).unwrap();
     client.write_zeroes(32 * MIB, 5 * MIB, false).unwrap();
     assert!(client.read(client.size(), 1).is_err());
-    let value = |series: &str| metric(node, series);
+    let value = |series: &str| node.metric(series);
     let count = |op: &str| value(&format!("nbd_requests_seconds_count{{op=\"{op}\"}}"));
     let bytes = |op: &str| value(&format!("nbd_request_bytes_total{{op=\"{op}\"}}"));
     assert_eq!((count("write"), bytes("write")), (Some(50.0), Some(50.0 * 65_536.0)));
@@ -124,7 +121,7 @@ fn every_command_is_counted() {
         client.send(&command, &[]).unwrap();
         client.receive().unwrap().1.unwrap();
         let series = format!("nbd_requests_seconds_count{{op=\"{op}\"}}");
-        assert_eq!(metric(cluster.node(), &series), Some(1.0), "{op}");
+        assert_eq!(cluster.node().metric(&series), Some(1.0), "{op}");
     }
 }
 

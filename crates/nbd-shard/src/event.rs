@@ -15,7 +15,7 @@ use crate::log_write::LogWrite;
 pub enum Event<R> {
     /// One unit of time has passed. After a pause, one tick and not the backlog.
     Tick,
-    /// A message from a peer; its checksum, and those of all payloads in it, are right.
+    /// A message from a peer, whole. The group refuses it if a payload in it is damaged.
     Message(Bytes),
     /// Put these commands into the log, in this order, and answer each.
     Propose(Vec<(Bytes, R)>),

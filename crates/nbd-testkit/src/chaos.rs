@@ -143,12 +143,11 @@ struct Event {
 /// Runs the schedule to its end.
 ///
 /// # Errors
-/// What was wrong; the seed is printed first.
+/// What was wrong.
 ///
 /// # Panics
 /// If a node does not start, or the replicas do not serve or become equal in time.
 pub fn run(options: &ChaosOptions) -> Result<Report, String> {
-    println!("CINDERBLOCK_SEED={}", options.seed);
     let mut chaos = Chaos::start(options);
     while chaos.started.elapsed() < options.duration {
         chaos.fault()?;

@@ -15,7 +15,7 @@
 //! - [`http`]: GET, for probes and metrics.
 //! - [`tools`]: finding programs, and skipping tests that need a missing one ([`require_tools!`]).
 //! - [`Ext4Image`]: an ext4 image with known files, and a check of one.
-//! - [`process`]: memory use and signals, by process id.
+//! - [`process`]: memory use and signals, by process id. [`seed`]: of random tests.
 
 pub mod chaos;
 pub mod history;
@@ -31,6 +31,7 @@ mod ext4;
 mod health;
 mod network;
 mod node;
+mod seed;
 
 pub use self::binary::binary;
 pub use self::client::{
@@ -41,3 +42,4 @@ pub use self::ext4::Ext4Image;
 pub use self::health::{Health, ShardDigest, ShardHealth};
 pub use self::network::{Fault, Network};
 pub use self::node::{NodeProcess, Target};
+pub use self::seed::seed;

@@ -116,7 +116,7 @@ impl Services {
             },
             chunk_peers,
             repairer,
-            removed: RemovedShards::new(),
+            removed: RemovedShards::default(),
             throttle: Arc::new(Throttle::new(config.tuning.resync_bytes_per_second.bytes())),
             damaged,
             addresses,

@@ -37,7 +37,7 @@ const MESSAGES_AHEAD: usize = 2;
 /// Chunks that one fetch may ask for.
 pub(crate) const FETCH_CHUNKS_MAX: usize = 4096;
 
-/// Chunks listed in one page of a manifest at most: 64 MiB of data if they are full.
+/// Chunks listed in one page of a manifest at most: 256 MiB of data if they are full.
 pub(crate) const MANIFEST_CHUNKS_MAX: usize = 4096;
 
 /// Ranges in one page of digests at most.

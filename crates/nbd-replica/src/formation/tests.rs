@@ -189,7 +189,7 @@ mod loopback {
                 oneself: Arc::clone(&oneself),
                 shards: HashMap::from([(SHARD, shard)]),
                 peers: Arc::clone(&peers),
-                removed: RemovedShards::new(),
+                removed: RemovedShards::default(),
                 scrub: ScrubState::default(),
                 stop: stop.clone(),
             });

@@ -92,10 +92,6 @@ pub struct PeerAddress {
     pub directory: Option<u128>,
 }
 
-/// Looks into the bytes of a message that arrived whole, and says whether the content's own
-/// checksums hold.
-pub type Verify = Arc<dyn Fn(&Bytes) -> bool + Send + Sync>;
-
 /// Who this node is to the others.
 #[derive(Clone)]
 pub struct Transport {
@@ -107,8 +103,6 @@ pub struct Transport {
     pub directory: u128,
     /// Drawn at random when this process started.
     pub incarnation: u64,
-    /// Checks the content of a message. A stream that fails it is ended.
-    pub verify: Verify,
 }
 
 impl fmt::Debug for Transport {
@@ -118,10 +112,11 @@ impl fmt::Debug for Transport {
 }
 
 impl Transport {
-    /// A transport that takes every message that arrived whole.
+    /// A transport that takes every message that arrived whole; whether the payloads in it are as
+    /// they should be is for the group to see.
     #[must_use]
     pub fn new(cluster: ClusterName, node: NodeName, directory: u128, incarnation: u64) -> Self {
-        Self { cluster, node, directory, incarnation, verify: Arc::new(|_| true) }
+        Self { cluster, node, directory, incarnation }
     }
 
     /// Starts it, with no peers yet. All its tasks end soon after `stop`, which is to be cancelled

@@ -276,9 +276,6 @@ impl Receiver {
                 return Ok(());
             }
         }
-        if !(self.shared.me.verify)(&bytes) {
-            return Err(Refusal::Content("a Raft message"));
-        }
         self.shared.events.message(shard, to, from, detached(bytes));
         Ok(())
     }

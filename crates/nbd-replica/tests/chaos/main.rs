@@ -11,10 +11,7 @@ const DURATION: Duration = Duration::from_secs(50);
 
 #[test]
 fn three_replicas_keep_their_promises_in_chaos() {
-    let seed = match std::env::var("CINDERBLOCK_SEED") {
-        Ok(seed) => seed.parse().expect("CINDERBLOCK_SEED is a number"),
-        Err(_) => rand::random(),
-    };
+    let seed = nbd_testkit::seed();
     let load = LoadOptions { pace: 200, ..LoadOptions::default() };
     let options = ChaosOptions { seed, duration: DURATION, load, program: None, directory: None };
     let report = run(&options).unwrap_or_else(|failure| panic!("{failure}"));

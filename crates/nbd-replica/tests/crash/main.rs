@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nbd_testkit::Cluster;
+use nbd_testkit::{Cluster, seed};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -29,15 +29,6 @@ const LOAD_MAX: Duration = Duration::from_millis(250);
 
 /// Longest start after a crash.
 const START_MAX: Duration = Duration::from_secs(5);
-
-fn seed() -> u64 {
-    let seed = match std::env::var("CINDERBLOCK_SEED") {
-        Ok(seed) => seed.parse().expect("CINDERBLOCK_SEED is a number"),
-        Err(_) => rand::random(),
-    };
-    println!("CINDERBLOCK_SEED={seed}");
-    seed
-}
 
 /// Runs the rounds against a node with these flags.
 fn survive(flags: &[&str], rounds: u32) {

@@ -11,26 +11,6 @@ use nbd_testkit::binary;
 /// Time that a run which must not succeed, or only prints, may take.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Variables that the program reads; a run has only those it was given.
-const VARIABLES: [&str; 16] = [
-    "NBD_CLUSTER_FILE",
-    "NBD_NODE",
-    "NBD_DATA_DIR",
-    "NBD_SHARDS",
-    "NBD_CLUSTER",
-    "NBD_AUTO_CREATE",
-    "NBD_DEFAULT_SIZE",
-    "NBD_CONNECTIONS_MAX",
-    "NBD_REQUEST_BYTES_MAX",
-    "NBD_LOG_SEGMENT_BYTES",
-    "NBD_LOG_BYTES_MAX",
-    "NBD_LOG_CACHE_BYTES",
-    "NBD_CHECKPOINT_LOG_BYTES",
-    "NBD_SPACE_RESERVE",
-    "NBD_LOG_FORMAT",
-    "RUST_LOG",
-];
-
 /// How a run ended and what it said.
 #[derive(Debug)]
 pub(crate) struct Run {
@@ -47,9 +27,13 @@ impl Run {
             .each_ref()
             .map(|file| Stdio::from(file.try_clone().expect("duplicate a descriptor")));
         let mut command = Command::new(binary("nbd-replica"));
-        for name in VARIABLES {
-            command.env_remove(name);
+        // A run has only those settings that it was given.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("NBD_") {
+                command.env_remove(name);
+            }
         }
+        command.env_remove("RUST_LOG");
         command.args(arguments).envs(environment.iter().copied());
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         let mut child = command.spawn().expect("start nbd-replica");

@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_testkit::load::{Load, LoadOptions};
-use nbd_testkit::{Cluster, ClusterBuilder, NbdClient, Target};
+use nbd_testkit::{Cluster, ClusterBuilder, NbdClient, Target, seed};
 
 const MIB: u64 = 1 << 20;
 
@@ -48,15 +48,6 @@ fn load(targets: &[Target]) -> Load {
     let seed = seed();
     let options = LoadOptions { threads: 2, region_bytes: 1 << 20, seed, ..Default::default() };
     Load::start(targets, options)
-}
-
-fn seed() -> u64 {
-    let seed = match std::env::var("CINDERBLOCK_SEED") {
-        Ok(seed) => seed.parse().expect("CINDERBLOCK_SEED is a number"),
-        Err(_) => rand::random(),
-    };
-    println!("CINDERBLOCK_SEED={seed}");
-    seed
 }
 
 /// Stops a load, and checks all it knows through every node and that all nodes hold the same.
