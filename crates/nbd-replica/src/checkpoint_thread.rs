@@ -389,10 +389,11 @@ impl CheckpointThread {
             }
             match group.reader().snapshot() {
                 Ok(at) => {
+                    let first_kept = self.segments.first_kept(shard);
                     group.checkpointed(Checkpointed {
                         applied: at.applied,
                         term: at.applied_term,
-                        first_kept: self.segments.first_kept(shard),
+                        first_kept: first_kept.unwrap_or_else(|| at.applied.next()),
                         holds_up_log: self.segments.is_held_up_by(shard),
                     });
                 }

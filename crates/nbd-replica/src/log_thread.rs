@@ -11,7 +11,8 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nbd_log::log::{AppendError, LogPosition, LogWriter, Record, SegmentPool};
+use nbd_log::log::{LogWriter, SegmentPool};
+use nbd_shard::log_write::{AppendTo, Queued, take_copies, take_urgent, write_first};
 use nbd_shard::{LogTail, LogWrite, Persisted};
 use nbd_topology::{LogIndex, ShardId};
 use tokio::sync::mpsc;
@@ -40,6 +41,16 @@ pub(crate) struct LogJob {
     pub(crate) write: LogWrite,
     pub(crate) queued_at: Instant,
     pub(crate) persisted: mpsc::Sender<Persisted>,
+}
+
+impl Queued for LogJob {
+    fn shard(&self) -> ShardId {
+        self.shard
+    }
+
+    fn write(&self) -> &LogWrite {
+        &self.write
+    }
 }
 
 /// Sends work to the log thread. The thread ends when all handles are dropped.
@@ -87,8 +98,6 @@ pub(crate) fn spawn(
     Ok((handle, thread))
 }
 
-type Append = fn(&mut LogWriter, &[Record<'_>]) -> Result<Vec<LogPosition>, AppendError>;
-
 struct LogThread {
     writer: LogWriter,
     segments: Arc<SegmentPool>,
@@ -109,68 +118,66 @@ impl LogThread {
         let _guard = FailOnPanic::new(&self.failure, "log thread");
         let mut batch = Vec::new();
         loop {
-            let job = queue.recv().ok()?;
-            batch.push(job);
+            batch.push(queue.recv().ok()?);
             let mut bytes = batch[0].write.data_bytes();
             while bytes < LOG_BATCH_BYTES_MAX {
                 let Ok(job) = queue.try_recv() else { break };
                 bytes += job.write.data_bytes();
                 batch.push(job);
             }
-            let started = Instant::now();
-            while !self.write(&batch, LogWriter::append_ordinary)? {
-                // Nothing was written: a checkpoint frees a segment, unless a shard without a
-                // majority holds up the log. What that one writes comes before all else then.
-                self.checkpoints.nudge();
-                if self.failure.is_set() || self.abandon.is_cancelled() {
-                    return None;
+            let (started, count) = (Instant::now(), batch.len());
+            loop {
+                let wrote = self.write(&mut batch, LogWriter::append_ordinary)?;
+                if batch.is_empty() {
+                    break;
                 }
-                batch.extend(queue.try_iter().take(LOG_QUEUE_MAX));
-                let is_urgent = |job: &mut LogJob| self.segments.is_held_up_by(job.shard);
-                let urgent: Vec<_> = batch.extract_if(.., is_urgent).collect();
-                if urgent.is_empty() || !self.write(&urgent, LogWriter::append)? {
-                    batch.splice(..0, urgent);
-                    thread::sleep(FULL_POLL);
+                if !wrote {
+                    self.wait_for_room(&mut batch, queue)?;
                 }
             }
-            self.metrics.write(started.elapsed(), bytes, batch.len());
-            batch.clear();
+            self.metrics.write(started.elapsed(), bytes, count);
             self.pause(started.elapsed());
         }
     }
 
-    /// Writes jobs durably and tells their groups. False if there is no room for them now; `None`
-    /// when the disk failed, after the node was told to stop.
-    fn write(&mut self, jobs: &[LogJob], append: Append) -> Option<bool> {
-        let records: Vec<_> = jobs.iter().flat_map(|job| job.write.records(job.shard)).collect();
-        // Without any there are only messages that waited for earlier writes, and those are done.
-        let written =
-            if records.is_empty() { Ok(Vec::new()) } else { append(&mut self.writer, &records) };
-        match written {
-            Ok(positions) => {
-                self.acknowledge(jobs, positions);
-                Some(true)
-            }
-            Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
-                debug!(%error, "waiting for a segment");
-                Some(false)
-            }
-            Err(error) => {
-                self.failure.set(format!("cannot write the log: {error}"));
-                None
-            }
+    /// A while in which a checkpoint may free a segment. What comes meanwhile waits behind `batch`,
+    /// unless it is urgent. `None` when the node stops.
+    fn wait_for_room(&mut self, batch: &mut Vec<LogJob>, queue: &Receiver<LogJob>) -> Option<()> {
+        debug!("waiting for a segment");
+        self.checkpoints.nudge();
+        if self.failure.is_set() || self.abandon.is_cancelled() {
+            return None;
         }
+        batch.extend(queue.try_iter().take(LOG_QUEUE_MAX));
+        let mut urgent = take_urgent(batch, &self.segments);
+        let wrote = self.write(&mut urgent, LogWriter::append)?;
+        batch.splice(..0, urgent);
+        if !wrote {
+            for job in take_copies(batch) {
+                let _ = job.persisted.blocking_send(Persisted::given_up());
+            }
+            thread::sleep(FULL_POLL);
+        }
+        Some(())
     }
 
-    fn acknowledge(&self, jobs: &[LogJob], positions: Vec<LogPosition>) {
-        let now = Instant::now();
-        let mut positions = positions.into_iter();
-        for job in jobs {
-            let persisted = job.write.persisted(&mut positions);
+    /// Writes as many of the first jobs as there is room for, and tells their groups. False if
+    /// there is none; `None` when the disk failed, after the node was told to stop.
+    fn write(&mut self, jobs: &mut Vec<LogJob>, append: AppendTo) -> Option<bool> {
+        let written = match write_first(&mut self.writer, append, jobs) {
+            Ok(written) => written,
+            Err(error) => {
+                self.failure.set(format!("cannot write the log: {error}"));
+                return None;
+            }
+        };
+        let (now, wrote) = (Instant::now(), !written.is_empty());
+        for (job, persisted) in written {
             self.metrics.append(now.saturating_duration_since(job.queued_at));
             // A group that is gone needs no answer; a live one never waits for this thread.
             let _ = job.persisted.blocking_send(persisted);
         }
+        Some(wrote)
     }
 
     /// Slows the writers in proportion to how little room is left: not at all up to [`PAUSE_FILL`],

@@ -57,8 +57,8 @@ pub struct Checkpointed {
     pub applied: LogIndex,
     /// That entry's term.
     pub term: Term,
-    /// Lowest entry of this group that the node's log still has, if it has any.
-    pub first_kept: Option<LogIndex>,
+    /// Lowest entry of this group that the node's log still has; without any, the next one.
+    pub first_kept: LogIndex,
     /// Whether the log, half full, cannot let go of its oldest part because of entries of this
     /// group: [`nbd_log::log::SegmentPool::is_held_up_by`].
     pub holds_up_log: bool,
@@ -71,6 +71,14 @@ pub struct Persisted {
     pub ready: Option<ReadyNumber>,
     /// Where each of its entries lies, in index order.
     pub places: Vec<EntryPlace>,
+}
+
+impl Persisted {
+    /// Of copies that were not written: there was no room.
+    #[must_use]
+    pub const fn given_up() -> Self {
+        Self { ready: None, places: Vec::new() }
+    }
 }
 
 /// What came of a command, a barrier or a change of membership.

@@ -1,8 +1,15 @@
-//! What a replica wants written to the node's log.
+//! What a replica wants written to the node's log, and in which order that is done where there is
+//! hardly any room.
+//!
+//! Writes of one group stay in their order, whatever happens. Those of different groups need not: a
+//! group that holds up the log ([`SegmentPool::is_held_up_by`]) goes first, into room that is left
+//! for it, with all that it waits for.
+
+use std::collections::BTreeSet;
 
 use nbd_consensus::{Append, Entry, HardState, ReadyNumber};
 use nbd_log::checksum::crc32c;
-use nbd_log::log::{EntryRecord, LogPosition, Record};
+use nbd_log::log::{AppendError, EntryRecord, LogPosition, LogWriter, Record, SegmentPool};
 use nbd_store::EntryPlace;
 use nbd_topology::{ReplicaId, ShardId};
 
@@ -78,4 +85,75 @@ impl LogWrite {
         };
         Persisted { ready: self.ready, places: self.entries.iter().map(place).collect() }
     }
+}
+
+/// A write on its way to the log, with whatever goes with it.
+pub trait Queued {
+    /// Whose it is.
+    fn shard(&self) -> ShardId;
+
+    /// What is to be written.
+    fn write(&self) -> &LogWrite;
+}
+
+impl Queued for (ShardId, LogWrite) {
+    fn shard(&self) -> ShardId {
+        self.0
+    }
+
+    fn write(&self) -> &LogWrite {
+        &self.1
+    }
+}
+
+/// How a log is appended to: [`LogWriter::append_ordinary`] or, for what is urgent,
+/// [`LogWriter::append`].
+pub type AppendTo = fn(&mut LogWriter, &[Record<'_>]) -> Result<Vec<LogPosition>, AppendError>;
+
+/// Makes the first of `jobs` durable: all of them or, where there is no room for that, half as many
+/// until there is. Takes them out, and returns them with what to tell their groups; none if not
+/// even the first one fits.
+///
+/// # Errors
+/// Any but a lack of room. Nobody may be told anything then.
+pub fn write_first<T: Queued>(
+    log: &mut LogWriter,
+    append: AppendTo,
+    jobs: &mut Vec<T>,
+) -> Result<Vec<(T, Persisted)>, AppendError> {
+    let mut count = jobs.len();
+    loop {
+        let records: Vec<_> =
+            jobs[..count].iter().flat_map(|job| job.write().records(job.shard())).collect();
+        // Without any there are only messages that waited for earlier writes, and those are done.
+        let appended = if records.is_empty() { Ok(Vec::new()) } else { append(log, &records) };
+        match appended {
+            Ok(positions) => {
+                let mut positions = positions.into_iter();
+                let with_persisted = |job: T| {
+                    let persisted = job.write().persisted(&mut positions);
+                    (job, persisted)
+                };
+                return Ok(jobs.drain(..count).map(with_persisted).collect());
+            }
+            Err(AppendError::Full | AppendError::NoSpace) if count > 1 => count /= 2,
+            Err(AppendError::Full | AppendError::NoSpace) => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Takes out everything of the groups that hold up the log.
+pub fn take_urgent<T: Queued>(jobs: &mut Vec<T>, segments: &SegmentPool) -> Vec<T> {
+    // Asked once for each group: the answer may change meanwhile, and a part of a group's writes
+    // must not overtake another.
+    let mut shards: BTreeSet<ShardId> = jobs.iter().map(T::shard).collect();
+    shards.retain(|shard| segments.is_held_up_by(*shard));
+    jobs.extract_if(.., |job| shards.contains(&job.shard())).collect()
+}
+
+/// Takes out copies: they are to make room, and where there is none for them they are in the way.
+/// Their groups are told [`Persisted::given_up`].
+pub fn take_copies<T: Queued>(jobs: &mut Vec<T>) -> Vec<T> {
+    jobs.extract_if(.., |job| job.write().ready.is_none()).collect()
 }

@@ -226,7 +226,7 @@ impl<R> ShardReplica<R> {
             Event::Checkpointed(checkpoint) => {
                 let Checkpointed { applied, term, first_kept, holds_up_log } = checkpoint;
                 self.checkpointed = self.checkpointed.max(applied);
-                self.first_kept = first_kept;
+                self.first_kept = Some(first_kept);
                 if holds_up_log && self.relocation == Relocation::Idle {
                     self.relocation = Relocation::Wanted;
                 }
@@ -396,8 +396,12 @@ impl<R> ShardReplica<R> {
     fn take_persisted(&mut self, now: Timestamp, persisted: Persisted, actions: &mut Actions<R>) {
         let Persisted { ready, places } = persisted;
         let Some(ready) = ready else {
-            self.places.copied(places);
-            self.end_relocation(actions);
+            if places.is_empty() {
+                self.relocation = Relocation::Idle;
+            } else {
+                self.places.copied(places);
+                self.end_relocation(actions);
+            }
             return;
         };
         if !places.is_empty() {

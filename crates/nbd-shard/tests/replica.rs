@@ -200,6 +200,40 @@ fn a_follower_beyond_the_log_switches_to_a_snapshot() {
     assert_eq!(digests(0), digests(2));
 }
 
+/// Fills segments of a replica's log, as other shards of its node would.
+fn fill_log(cluster: &mut Cluster, at: usize, segments: usize) {
+    let node = &mut cluster.nodes[at];
+    let status = node.replica.status();
+    let (term, commit) = (status.term, status.committed);
+    let hard_state = Some(HardState { term, vote: ReplicaId::new(1), commit });
+    let write = LogWrite { ready: None, hard_state, entries: Vec::new() };
+    (0..segments << 8).for_each(|_| _ = node.write(&write));
+}
+
+// Goal: a shard that has nothing to write is no reason never to catch a replica up: what the log
+// let go of for other shards, a snapshot makes good.
+#[test]
+fn a_follower_of_an_idle_shard_is_caught_up_once_the_log_has_moved_on() {
+    let mut cluster = Cluster::led(3, 1 << 20);
+    let id = volume(&mut cluster);
+    cluster.run(4);
+    cluster.cut.insert(2);
+    for seq in 1..=30 {
+        cluster.propose(0, vec![(write(seq, id, 1), u32::try_from(seq).unwrap())]);
+        cluster.settle();
+    }
+    // Of sixteen segments there may be, twice as many as that in turn.
+    for _ in 0..3 {
+        cluster.checkpoint(0);
+        fill_log(&mut cluster, 0, 10);
+    }
+    cluster.checkpoint(0);
+    assert_eq!(cluster.nodes[0].segments.first_kept(common::SHARD), None);
+    cluster.cut.clear();
+    cluster.run(60);
+    assert!(cluster.nodes[2].offered.is_some());
+}
+
 #[test]
 fn entries_that_cannot_be_committed_do_not_hold_up_the_log() {
     let mut cluster = Cluster::led(3, 0);
@@ -212,14 +246,7 @@ fn entries_that_cannot_be_committed_do_not_hold_up_the_log() {
     assert!(cluster.nodes[0].replica.applied() < tail);
 
     // Other shards of the node go on: nine of the sixteen segments there may be.
-    let fill = |cluster: &mut Cluster, segments: usize| {
-        let status = cluster.nodes[0].replica.status();
-        let (term, commit) = (status.term, status.committed);
-        let hard_state = Some(HardState { term, vote: ReplicaId::new(1), commit });
-        let write = LogWrite { ready: None, hard_state, entries: Vec::new() };
-        (0..segments << 8).for_each(|_| _ = cluster.nodes[0].write(&write));
-    };
-    fill(&mut cluster, 9);
+    fill_log(&mut cluster, 0, 9);
     cluster.checkpoint(0);
     cluster.settle();
     assert!(!cluster.nodes[0].segments.is_held_up_by(common::SHARD));
@@ -230,7 +257,7 @@ fn entries_that_cannot_be_committed_do_not_hold_up_the_log() {
     // The entry itself is where it has to be, whatever comes of it.
     let raft = cluster.after_crash(0);
     assert_eq!(raft.tail.last().map(|entry| entry.index), Some(tail));
-    fill(&mut cluster, 12);
+    fill_log(&mut cluster, 0, 12);
     cluster.cut.clear();
     cluster.run(80);
     for at in 0..3 {

@@ -382,7 +382,7 @@ fn open_log(
         None => {
             for (shard, record) in records {
                 log.segments.void(*shard, record.log_floor, behind.get(shard).copied());
-                let first = scans.get(shard).and_then(ShardScan::first_position);
+                let first = scans.get(shard).and_then(ShardScan::tail_begins);
                 log.segments.tail_begins(*shard, record.applied, first.unwrap_or(end));
             }
             Ok((log, scans, end))

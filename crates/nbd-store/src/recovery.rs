@@ -165,6 +165,17 @@ impl ShardScan {
         replayed.map(|entry| entry.position).min()
     }
 
+    /// From where on the log must be kept for the entries to be replayed: a later scan that begins
+    /// there finds them all. `None`: from nowhere, there are none.
+    pub(crate) fn tail_begins(&self) -> Option<LogPosition> {
+        let replayed = self.entries.iter().filter(|entry| entry.index > self.checkpoint.applied);
+        // Copies that a crash cut short lie behind entries that come after them: a scan that began
+        // with those would take the copies for what supersedes them.
+        let rises = replayed.clone().is_sorted_by_key(|entry| entry.position);
+        let first = replayed.map(|entry| entry.position).next()?;
+        Some(if rises { first } else { LogPosition(0) })
+    }
+
     /// The hard state to go on with, once all records were seen.
     ///
     /// # Errors

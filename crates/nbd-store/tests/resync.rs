@@ -387,6 +387,35 @@ fn a_transfer_that_the_log_has_overtaken_is_refused() {
     history.model.check(&node, volume).unwrap();
 }
 
+// Goal: power fails while copies are written, and again later: what was in the log is there.
+#[test]
+fn copies_cut_short_lose_nothing() {
+    let disk = MemoryDisk::new(1);
+    let mut node = reopen(&disk).unwrap();
+    let data = |index: u64| Bytes::from(vec![u8::try_from(index).unwrap(); 400_000]);
+    let append = |node: &mut Node, indexes: std::ops::RangeInclusive<u64>| {
+        for index in indexes {
+            let data = data(index);
+            let (index, kind) = (LogIndex(index), EntryKind::Command);
+            let entry = EntryRecord { shard: SHARD, index, term: Term(2), kind, data: &data };
+            node.log.append(&[Record::Entry(entry)]).unwrap();
+        }
+    };
+    // Two to a segment. None is committed, as far as is known here.
+    append(&mut node, 1..=5);
+    append(&mut node, 1..=2);
+    for _ in 0..3 {
+        drop(node);
+        node = reopen(&disk).unwrap();
+        let kept: Vec<_> = node.raft.kept.iter().map(|entry| entry.index.0).collect();
+        assert_eq!(kept, [1, 2, 3, 4, 5]);
+        // Lets go of what nothing keeps, and says so on disk.
+        node.checkpoint().unwrap();
+        let hard_state = HardState { term: Term(2), vote: 1, commit: LogIndex(0) };
+        node.log.append(&[Record::HardState(SHARD, hard_state)]).unwrap();
+    }
+}
+
 #[test]
 fn the_very_last_entry_of_the_old_log_is_void_too() {
     // It may be an empty one, as leaders begin their terms with, whose data ends where it begins:

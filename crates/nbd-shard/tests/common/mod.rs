@@ -254,8 +254,8 @@ impl Cluster {
         let node = &mut self.nodes[at];
         node.checkpointer.run().unwrap();
         let snapshot = node.reader.snapshot().unwrap();
-        let first_kept = node.segments.first_kept(SHARD);
         let (applied, term) = (snapshot.applied, snapshot.applied_term);
+        let first_kept = node.segments.first_kept(SHARD).unwrap_or_else(|| applied.next());
         let holds_up_log = node.segments.is_held_up_by(SHARD);
         let checkpoint = Checkpointed { applied, term, first_kept, holds_up_log };
         self.step(at, Event::Checkpointed(checkpoint));

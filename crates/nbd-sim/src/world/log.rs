@@ -1,12 +1,11 @@
 //! A node's log thread and checkpoint thread.
 
-use std::sync::Arc;
-
 use bytes::BytesMut;
 use nbd_consensus::Entry;
 use nbd_log::checksum::crc32c;
-use nbd_log::log::{AppendError, LogPosition, LogWriter, Record};
-use nbd_shard::{Checkpointed, Event, FetchPlan, LogWrite, raft_kind};
+use nbd_log::log::{LogWriter, Record};
+use nbd_shard::log_write::{AppendTo, take_copies, take_urgent, write_first};
+use nbd_shard::{Checkpointed, Event, FetchPlan, LogWrite, Persisted, raft_kind};
 use nbd_store::{CheckpointError, CheckpointReport, EntryPlace};
 use nbd_topology::ShardId;
 use rand::Rng;
@@ -17,8 +16,6 @@ use crate::time::{MILLISECOND, Nanos};
 
 /// Wait before another try when the log has no room.
 const FULL_WAIT: Nanos = 5 * MILLISECOND;
-
-type LogAppend = fn(&mut LogWriter, &[Record<'_>]) -> Result<Vec<LogPosition>, AppendError>;
 
 /// The log's records of a batch, in order.
 fn records(batch: &[(ShardId, LogWrite)]) -> Vec<Record<'_>> {
@@ -70,8 +67,8 @@ impl World {
         let batch = std::mem::take(&mut running.writing);
         match self.write_log(n, life, batch, LogWriter::append_ordinary) {
             None => {}
-            Some(left) if left.is_empty() => self.start_log(n),
-            Some(left) => self.wait_for_room(n, life, left),
+            Some((_, left)) if left.is_empty() => self.start_log(n),
+            Some((_, left)) => self.wait_for_room(n, life, left),
         }
     }
 
@@ -80,65 +77,49 @@ impl World {
         self.count("log writes without room");
         let Some(running) = &mut self.nodes[n].running else { return };
         batch.extend(running.queue.drain(..));
-        let segments = Arc::clone(&running.segments);
-        let is_urgent = |(shard, _): &mut (ShardId, LogWrite)| segments.is_held_up_by(*shard);
-        let urgent: Vec<_> = batch.extract_if(.., is_urgent).collect();
+        let urgent = take_urgent(&mut batch, &running.segments);
         running.writing = batch;
-        let Some(left) = self.write_log(n, life, urgent, LogWriter::append) else { return };
-        if let Some(running) = &mut self.nodes[n].running {
-            running.writing.splice(..0, left);
+        let Some((wrote, left)) = self.write_log(n, life, urgent, LogWriter::append) else {
+            return;
+        };
+        let Some(running) = &mut self.nodes[n].running else { return };
+        running.writing.splice(..0, left);
+        let copies = if wrote { Vec::new() } else { take_copies(&mut running.writing) };
+        for (shard, _) in copies {
+            self.step(n, shard, Event::Persisted(Persisted::given_up()));
         }
         self.checkpoint(n);
         self.schedule.after(FULL_WAIT, Planned::LogDone { node: n, life });
     }
 
-    /// Writes a batch, and returns it if there is no room for it; `None` if the node has ended.
+    /// Writes as much of the beginning of a batch as there is room for. Returns whether that was
+    /// anything, and the rest; `None` if the node has ended.
     fn write_log(
         &mut self,
         n: usize,
         life: u32,
-        batch: Vec<(ShardId, LogWrite)>,
-        append: LogAppend,
-    ) -> Option<Vec<(ShardId, LogWrite)>> {
+        mut batch: Vec<(ShardId, LogWrite)>,
+        append: AppendTo,
+    ) -> Option<(bool, Vec<(ShardId, LogWrite)>)> {
         let running = self.nodes[n].running.as_mut()?;
-        let records = records(&batch);
-        let written =
-            if records.is_empty() { Ok(Vec::new()) } else { append(&mut running.log, &records) };
-        match written {
-            Ok(positions) => {
-                self.acknowledge(n, life, &batch, positions);
-                (self.nodes[n].life == life).then(Vec::new)
-            }
-            Err(AppendError::Full | AppendError::NoSpace) => Some(batch),
-            Err(_) => {
-                self.fail_node(n);
-                None
-            }
-        }
-    }
-
-    fn acknowledge(
-        &mut self,
-        n: usize,
-        life: u32,
-        batch: &[(ShardId, LogWrite)],
-        positions: Vec<LogPosition>,
-    ) {
-        let mut positions = positions.into_iter();
-        let persisted: Vec<_> =
-            batch.iter().map(|(shard, write)| (*shard, write.persisted(&mut positions))).collect();
-        for (shard, persisted) in persisted {
+        let Ok(written) = write_first(&mut running.log, append, &mut batch) else {
+            self.fail_node(n);
+            return None;
+        };
+        let wrote = !written.is_empty();
+        for ((shard, _), persisted) in written {
             if self.nodes[n].life != life {
-                return;
+                return None;
             }
-            let running = self.nodes[n].running.as_mut();
+            let running = self.nodes[n].running.as_mut()?;
             if let Some(ready) = persisted.ready
-                && let Some(group) = running.and_then(|r| r.groups.get_mut(&shard))
+                && let Some(group) = running.groups.get_mut(&shard)
             {
                 group.mirror.persisted(ready.0);
             }
             self.step(n, shard, Event::Persisted(persisted));
         }
+        (self.nodes[n].life == life).then_some((wrote, batch))
     }
 
     /// A disk that lies keeps log writes in a cache of its own for a while.
@@ -195,7 +176,7 @@ impl World {
     fn checkpointed(&mut self, n: usize, report: &CheckpointReport) {
         for (&shard, &applied) in &report.applied {
             let Some(running) = &self.nodes[n].running else { return };
-            let first_kept = running.segments.first_kept(shard);
+            let first_kept = running.segments.first_kept(shard).unwrap_or_else(|| applied.next());
             let holds_up_log = running.segments.is_held_up_by(shard);
             let term = self.ledger.term(shard, applied);
             let checkpoint = Checkpointed { applied, term, first_kept, holds_up_log };

@@ -35,7 +35,11 @@ use crate::transfer::{ChunkImage, ChunkRun, FormError, ReceiveError, ShardSnapsh
 
 const BLOCK: usize = to_usize(BLOCK_BYTES);
 
-/// A transfer under way.
+/// Chunks noted during one walk over a manifest, at most. What comes home here meanwhile comes from
+/// the old log, of which 1 GiB holds half as many writes.
+const CREATED_MAX: usize = 262_144;
+
+/// A transfer under way, or one that was given up.
 #[derive(Debug, Default)]
 pub(super) struct Receiving {
     /// Chunks that checkpoints gave a home which had none, since the source was asked for them.
@@ -46,15 +50,21 @@ pub(super) struct Receiving {
 
 impl Receiving {
     fn note(&mut self, key: ChunkKey) {
-        if self.created.len() < CHANGES_PER_TRANSACTION_MAX {
+        if self.created.len() < CREATED_MAX {
             self.created.insert(key);
         } else {
             self.overtaken = true;
         }
     }
 
-    /// The source was asked for the chunks with keys in `(after, next]`.
+    /// The source was asked for the chunks with keys in `(after, next]`, and those that it has not
+    /// are gone.
     fn checked(&mut self, after: Option<ChunkKey>, next: Option<ChunkKey>) {
+        if after.is_none() {
+            // A walk begins: whatever is here by now, its pages will tell.
+            *self = Self::default();
+            return;
+        }
         self.created.retain(|key| {
             after.is_some_and(|after| *key <= after) || next.is_some_and(|next| *key > next)
         });
@@ -254,9 +264,15 @@ impl Checkpointer {
             return Err(ReceiveError::Overtaken);
         }
         let log_floor = self.segments.next_position();
+        // As many as one transaction may take are left for the last step.
+        let mut stray: Vec<ChunkKey> = stray.unwrap_or_default().into_iter().collect();
+        while stray.len() > CHANGES_PER_TRANSACTION_MAX {
+            let some = stray.split_off(stray.len() - CHANGES_PER_TRANSACTION_MAX);
+            self.attempt(|this| this.remove_chunks(&some))?;
+        }
         self.attempt(|this| {
             let record = this.record_of(shard, &metadata, hard_state, log_floor);
-            this.try_install(&target, record, metadata, &stray.unwrap_or_default())
+            this.try_install(&target, record, metadata, &stray)
         })?;
         self.receiving.remove(&shard);
         self.segments.void(shard, log_floor, None);
@@ -386,26 +402,42 @@ impl Checkpointer {
         }
     }
 
-    fn try_install(
-        &mut self,
-        target: &Shard,
-        record: ShardRecord,
-        metadata: Metadata,
-        stray: &BTreeSet<ChunkKey>,
-    ) -> Result<(), CheckpointError> {
-        let shard = target.id;
-        self.changes_max()?;
+    /// Removes chunks, durably.
+    fn remove_chunks(&mut self, keys: &[ChunkKey]) -> Result<(), CheckpointError> {
         let txn = self.base.database().write()?;
+        let changed = self.remove_homes(&txn, keys)?;
+        self.commit_chunks(txn, changed)
+    }
+
+    /// Removes the homes that these chunks have. Returns what that changed.
+    fn remove_homes(
+        &mut self,
+        txn: &WriteTransaction,
+        keys: &[ChunkKey],
+    ) -> Result<Vec<(ChunkKey, Option<ChunkMeta>)>, MetadataError> {
         let mut changed = Vec::new();
-        let mut table = database::chunk_table(&txn)?;
-        for &key in stray {
+        let mut table = database::chunk_table(txn)?;
+        for &key in keys {
             if let Some(home) = database::get_chunk(&table, key)? {
                 self.slots.leave(home.slot);
                 database::put_chunk(&mut table, key, None)?;
                 changed.push((key, None));
             }
         }
-        drop(table);
+        Ok(changed)
+    }
+
+    fn try_install(
+        &mut self,
+        target: &Shard,
+        record: ShardRecord,
+        metadata: Metadata,
+        stray: &[ChunkKey],
+    ) -> Result<(), CheckpointError> {
+        let shard = target.id;
+        self.changes_max()?;
+        let txn = self.base.database().write()?;
+        let changed = self.remove_homes(&txn, stray)?;
         database::put_shard(&txn, shard, &record)?;
         database::put_members(&txn, shard, &metadata.members)?;
         database::remove_volumes(&txn, shard)?;

@@ -44,10 +44,13 @@ fn copies_supersede_nothing() {
     // Copies of 11 and 12, half of what was to be copied when power failed.
     let seen = scan(10, 10, &[(11, 3), (12, 3), (13, 4), (11, 3), (12, 3)]);
     assert_eq!(positions(&seen), [4, 5, 3]);
+    assert_eq!(seen.tail_begins(), Some(LogPosition(0)), "13 must not be found before 11");
     // What came before copies has been let go, in part.
     let seen = scan(10, 10, &[(13, 4), (14, 4), (11, 3), (12, 3), (13, 4), (14, 4), (15, 4)]);
     assert_eq!(positions(&seen), [3, 4, 5, 6, 7]);
     assert_eq!(seen.missing(), None);
+    assert_eq!(seen.tail_begins(), Some(LogPosition(3)));
+    assert_eq!(scan(10, 10, &[(9, 3), (10, 3)]).tail_begins(), None);
 }
 
 fn kept(mut scan: ShardScan) -> (u64, u64, Vec<u64>) {
