@@ -42,8 +42,13 @@ const FENCED: [(&str, &str, &str); 3] = [
 ];
 
 /// Pairs of members that must not know each other although the order would allow it: the log is
-/// (index, term, bytes) between them.
-const STRANGERS: [(&str, &str); 2] = [("nbd-consensus", "nbd-store"), ("nbd-consensus", "nbd-log")];
+/// (index, term, bytes) between them, and a front end has no replica of its own.
+const STRANGERS: [(&str, &str); 4] = [
+    ("nbd-consensus", "nbd-store"),
+    ("nbd-consensus", "nbd-log"),
+    ("nbd-front", "nbd-consensus"),
+    ("nbd-front", "nbd-shard"),
+];
 
 /// Crates that must be nowhere, not even in a build script, and why.
 const BANNED: [(&str, &str); 2] = [

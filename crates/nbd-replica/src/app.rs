@@ -32,6 +32,7 @@ use std::time::Duration;
 use std::{io, thread};
 
 use nbd_consensus::{GroupError, Role};
+use nbd_front::{Access, ByteBudget, Front, Links, Listener, Route, end_earlier_sessions};
 use nbd_log::io::{DiskLock, FileDisk};
 use nbd_service::http::serve_http;
 use nbd_service::telemetry::PrometheusHandle;
@@ -46,20 +47,14 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use self::services::Services;
 use self::shards::ShardStarter;
-use crate::budget::ByteBudget;
 use crate::checkpoint_thread::{CheckpointHandle, CheckpointThread, DAMAGED_MAX};
 use crate::config::{Config, RAFT_TICK};
 use crate::failure::Failure;
 use crate::group_task::{self, GroupHandle, GroupKeeper};
+use crate::hosted::{AttachedSessions, CorruptReads, HostedShard, Hosting, Room, expire_sessions};
 use crate::http::{Health, ShardProbe};
 use crate::log_thread;
-use crate::metrics::NbdMetrics;
-use crate::nbd::{Listener, Node};
 use crate::session_service;
-use crate::shard_client::{
-    Access, AttachedSessions, CorruptReads, Links, Room, ShardClient, end_earlier_sessions,
-    expire_sessions,
-};
 
 /// A running node.
 #[derive(Debug)]
@@ -80,7 +75,7 @@ pub struct Replica {
     services: Services,
     /// For tests that play another node.
     #[cfg(test)]
-    pub(crate) shards: HashMap<ShardId, ShardClient>,
+    pub(crate) shards: HashMap<ShardId, HostedShard>,
     log_thread: thread::JoinHandle<()>,
     checkpoints: CheckpointHandle,
     checkpoint_thread: thread::JoinHandle<()>,
@@ -205,7 +200,6 @@ impl Replica {
             shutdown: shutdown.clone(),
         };
         let resync = starter.start_all(recovered, &groups);
-        let nbd_metrics = NbdMetrics::new();
         let access = Arc::new(Access {
             cluster: config.cluster.name().clone(),
             owner: Owner {
@@ -213,51 +207,54 @@ impl Replica {
                 incarnation: incarnation(),
             },
             links: Links::default(),
+            shutdown: shutdown.clone(),
+        });
+        let hosting = Arc::new(Hosting {
             room: Room { space, checkpoints: checkpoints.clone() },
             repair: services.repair(),
             shutdown: shutdown.clone(),
-            corrupt: CorruptReads(nbd_metrics.corrupt.clone()),
+            corrupt: CorruptReads::new(),
         });
-        let clients: HashMap<_, _> = handles
-            .iter()
-            .map(|group| {
-                let (group, access) = (group.clone(), Arc::clone(&access));
-                let attached = AttachedSessions::default();
-                (group.shard(), ShardClient { group, access, attached })
-            })
-            .collect();
-        for client in clients.values() {
-            shutdown.spawn(end_earlier_sessions(client.clone()));
+        let hosted = |group: &GroupHandle| {
+            let (group, hosting) = (group.clone(), Arc::clone(&hosting));
+            let attached = AttachedSessions::default();
+            (group.shard(), HostedShard { group, attached, hosting })
+        };
+        let hosted: HashMap<_, _> = handles.iter().map(hosted).collect();
+        let client = |shard: &HostedShard| shard.client(Arc::clone(&access));
+        let clients: HashMap<_, _> =
+            hosted.iter().map(|(id, shard)| (*id, client(shard))).collect();
+        for (id, shard) in &hosted {
+            shutdown.spawn(end_earlier_sessions(clients[id].clone()));
             let expiry = config.tuning.session_expiry.get();
-            shutdown.spawn(expire_sessions(client.clone(), expiry));
+            shutdown.spawn(expire_sessions(shard.clone(), expiry));
         }
-        services.serve(grpc, &config, session_service::service(clients.clone()), &resync, damaged);
+        let sessions = session_service::service(access.cluster.clone(), hosted.clone());
+        services.serve(grpc, &config, sessions, &resync, damaged);
 
         let readiness = serve_readiness(&handles, &shutdown);
-        let probe = |client: &ShardClient| {
-            let resync = resync[&client.group.shard()].clone();
-            Arc::new(ShardProbe::new(client.clone(), resync))
+        let probe = |group: &GroupHandle| {
+            let id = group.shard();
+            let (client, resync) = (clients[&id].clone(), resync[&id].clone());
+            Arc::new(ShardProbe::new(client, group.clone(), resync))
         };
         let health = Health {
             node: config.node.clone(),
             failure: failure.clone(),
             deadline: config.tuning.health_deadline.get(),
-            shards: clients.values().map(probe).collect(),
+            shards: handles.iter().map(probe).collect(),
             checkpoints: checkpoints.clone(),
         };
         serve_probes(http, metrics, health, &readiness, &shutdown);
-        #[cfg(test)]
-        let for_tests = clients.clone();
-        let node = Node {
-            shard_count: config.cluster.shard_count(),
-            shards: clients,
-            volumes: config.volumes,
-            budget: ByteBudget::new(config.tuning.request_bytes_max.bytes()),
-            shutdown: shutdown.clone(),
-            metrics: nbd_metrics,
-        };
+        let front = Front::new(
+            config.cluster.shard_count(),
+            clients,
+            config.volumes,
+            ByteBudget::new(config.tuning.request_bytes_max.bytes()),
+            shutdown.clone(),
+        );
         let connections_max = config.tuning.connections_max as usize;
-        shutdown.spawn(Listener::new(listener, Arc::new(node), connections_max).run());
+        shutdown.spawn(Listener::new(listener, Arc::new(front), connections_max).run());
         info!(node = %config.node, nbd = %nbd_address, grpc = %grpc_address, http = %http_address,
               "started");
         Ok(Self {
@@ -275,7 +272,7 @@ impl Replica {
             groups,
             services,
             #[cfg(test)]
-            shards: for_tests,
+            shards: hosted,
             log_thread,
             checkpoints,
             checkpoint_thread,
@@ -403,7 +400,7 @@ async fn hand_over_one(group: &GroupHandle) -> bool {
             return true;
         }
         let mut route = group.route();
-        let elsewhere = |route: &group_task::Route| !route.serving && route.leader.is_some();
+        let elsewhere = |route: &Route| !route.serving && route.leader.is_some();
         let moved = tokio::time::timeout(HAND_OVER_MAX, route.wait_for(elsewhere)).await;
         if moved.is_ok() {
             return true;
@@ -475,7 +472,7 @@ fn serve_readiness(groups: &[GroupHandle], shutdown: &Shutdown) -> Readiness {
         let (group, latch, stop) = (group.clone(), latch.clone(), shutdown.started());
         shutdown.spawn(async move {
             let mut route = group.route();
-            let led = |route: &group_task::Route| {
+            let led = |route: &Route| {
                 let elsewhere = route.leader.as_ref().is_some_and(|leader| !leader.local);
                 route.serving || elsewhere
             };

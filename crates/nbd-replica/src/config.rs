@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use nbd_front::{InvalidDefaultSize, VolumesConfig};
 use nbd_service::{ByteSize, ClusterConfig, HumanDuration, LogFormat, NodeAddresses};
-use nbd_store::limits::{VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUME_SIZE_MULTIPLE};
 use nbd_topology::{NodeName, ShardId};
 
 /// Command line of `nbd-replica`. Each flag can also be given by the environment variable named.
@@ -152,15 +152,6 @@ impl fmt::Display for ReadModeArg {
     }
 }
 
-/// What happens when a client attaches to a name nobody created.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct VolumesConfig {
-    /// Whether the first attach creates the volume.
-    pub(crate) auto_create: bool,
-    /// Size, in bytes, of a volume created that way.
-    pub(crate) default_size: u64,
-}
-
 /// Checked settings of one node.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -208,8 +199,8 @@ pub enum InvalidConfig {
         allowed: &'static str,
     },
     /// A volume size that the store cannot make.
-    #[error("default_size is {0}: allowed is 4KiB to 64TiB, in steps of 512 bytes")]
-    DefaultSize(ByteSize),
+    #[error(transparent)]
+    DefaultSize(#[from] InvalidDefaultSize),
 }
 
 impl Config {
@@ -232,14 +223,7 @@ impl Config {
         if shards.is_empty() {
             return Err(InvalidConfig::NoShards(node));
         }
-        let size = cluster.volumes().default_size;
-        if !valid_volume_size(size.bytes()) {
-            return Err(InvalidConfig::DefaultSize(size));
-        }
-        let volumes = VolumesConfig {
-            auto_create: cluster.volumes().auto_create,
-            default_size: size.bytes(),
-        };
+        let volumes = VolumesConfig::new(cluster.volumes())?;
         check_sizes(&tuning)?;
         let (name, value) = ("--session-expiry", tuning.session_expiry);
         if value.get() < Duration::from_secs(1) {
@@ -247,11 +231,6 @@ impl Config {
         }
         Ok(Self { cluster, node, listen, data_dir, shards, volumes, tuning })
     }
-}
-
-fn valid_volume_size(bytes: u64) -> bool {
-    (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&bytes)
-        && bytes.is_multiple_of(VOLUME_SIZE_MULTIPLE)
 }
 
 fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
@@ -326,6 +305,8 @@ pub(crate) const RAFT_TICK: Duration = Duration::from_millis(25);
 mod tests {
     use std::path::Path;
 
+    use nbd_service::VolumePolicy;
+
     use super::*;
 
     fn config(toml: &str, node: &str, tuning: Tuning) -> Result<Config, InvalidConfig> {
@@ -353,8 +334,7 @@ mod tests {
     fn a_node_serves_the_shards_it_is_listed_for() {
         let config = config(ONE, "a", Tuning::defaults()).unwrap();
         assert_eq!(config.shards, [ShardId(0)]);
-        assert!(config.volumes.auto_create);
-        assert_eq!(config.volumes.default_size, 1 << 30);
+        assert_eq!(config.volumes, VolumesConfig::new(VolumePolicy::default()).unwrap());
     }
 
     #[test]

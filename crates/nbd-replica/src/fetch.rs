@@ -3,13 +3,14 @@
 
 use bytes::BytesMut;
 use nbd_consensus::Entry;
+use nbd_front::GroupStopped;
 use nbd_log::checksum::crc32c;
 use nbd_log::log::LogReader;
 use nbd_shard::{FetchPlan, raft_kind};
 use nbd_store::EntryPlace;
 use tracing::{debug, error};
 
-use crate::group_task::{GroupHandle, GroupStopped};
+use crate::group_task::GroupHandle;
 
 /// Reads plans on the blocking pool and hands the entries to the group that asked.
 #[derive(Debug, Clone)]

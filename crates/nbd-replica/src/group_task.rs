@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nbd_consensus::{Role, SnapshotOffer, Status};
+use nbd_front::{GroupStopped, LeaderAt, Route, RunError};
 use nbd_shard::{Actions, Checkpointed, Event, Persisted, ShardReplica};
 use nbd_store::{Outcome, ReplicaInfo, ShardReader, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, NodeName, ReplicaId, ShardId, Term};
@@ -94,48 +95,6 @@ pub(crate) struct GroupStatus {
     pub(crate) voter: bool,
 }
 
-/// Where the shard's leader is, as far as this node knows.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Route {
-    /// Term in which it leads.
-    pub(crate) term: Term,
-    /// The leader, if one is known.
-    pub(crate) leader: Option<LeaderAt>,
-    /// This replica leads and has applied an entry of its own term: from then on its store shows
-    /// everything that was ever acknowledged.
-    pub(crate) serving: bool,
-}
-
-/// A leader and how to reach it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct LeaderAt {
-    pub(crate) replica: ReplicaId,
-    pub(crate) node: NodeName,
-    /// Where its gRPC is, as host:port.
-    pub(crate) grpc: String,
-    /// It is this node's.
-    pub(crate) local: bool,
-}
-
-/// The group is gone: the node is stopping or has failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the shard's group has stopped")]
-pub(crate) struct GroupStopped;
-
-/// Why a command has no outcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum RunError {
-    /// Nothing was logged: this replica does not lead.
-    #[error("this replica does not lead the shard")]
-    NotLeader,
-    /// It may or may not have happened.
-    #[error("leadership was lost meanwhile")]
-    Lost,
-    /// See [`GroupStopped`].
-    #[error(transparent)]
-    Stopped(#[from] GroupStopped),
-}
-
 /// Until when reads may be answered from this node's store alone, in nanoseconds of [`clock`]; 0:
 /// not at all. Written by the group task, read by sessions.
 #[derive(Debug, Default)]
@@ -189,12 +148,6 @@ impl GroupHandle {
     /// Where the leader is, now and as it changes.
     pub(crate) fn route(&self) -> watch::Receiver<Route> {
         self.route.clone()
-    }
-
-    /// The same group, but with its leader where a test says.
-    #[cfg(test)]
-    pub(crate) fn with_route(&self, route: watch::Receiver<Route>) -> Self {
-        Self { route, ..self.clone() }
     }
 
     /// Hands a command to the group; waits in turn when the mailbox is full. A replica that does

@@ -12,6 +12,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use nbd_consensus::Role;
+use nbd_front::ShardClient;
 use nbd_store::{Outcome, ReadError, ShardReader, command};
 use nbd_topology::NodeName;
 use serde::Serialize;
@@ -21,8 +22,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint_thread::CheckpointHandle;
 use crate::failure::Failure;
+use crate::group_task::GroupHandle;
 use crate::resync::ResyncProgress;
-use crate::shard_client::ShardClient;
 
 /// Age up to which a result is given to further callers, so that probes are not load.
 const SHARED_FOR: Duration = Duration::from_millis(100);
@@ -49,6 +50,7 @@ pub(crate) struct Health {
 #[derive(Debug)]
 pub(crate) struct ShardProbe {
     client: ShardClient,
+    group: GroupHandle,
     resync: watch::Receiver<Option<ResyncProgress>>,
     last: Mutex<Option<(Instant, ShardHealth)>>,
 }
@@ -117,9 +119,10 @@ async fn health_handler(State(health): State<Arc<Health>>) -> (StatusCode, Json<
 impl ShardProbe {
     pub(crate) fn new(
         client: ShardClient,
+        group: GroupHandle,
         resync: watch::Receiver<Option<ResyncProgress>>,
     ) -> Self {
-        Self { client, resync, last: Mutex::new(None) }
+        Self { client, group, resync, last: Mutex::new(None) }
     }
 
     async fn result(&self, deadline: Duration) -> ShardHealth {
@@ -148,7 +151,7 @@ impl ShardProbe {
             Ok(Err(stopped)) => (None, Some(stopped.to_string())),
             Err(_) => (None, Some(self.why_late(deadline))),
         };
-        let group = &self.client.group;
+        let group = &self.group;
         let (status, route) = (group.status(), group.route().borrow().clone());
         ShardHealth {
             shard: group.shard().0,
@@ -172,7 +175,7 @@ impl ShardProbe {
 
     /// What is known of why a probe did not come through.
     fn why_late(&self, deadline: Duration) -> String {
-        let group = &self.client.group;
+        let group = &self.group;
         let late = format!("the counter did not commit within {deadline:?}");
         if group.reader().formation().is_none() {
             return format!("{late}: the shard is not formed yet");
@@ -220,7 +223,7 @@ async fn digest_handler(
     let failed = |error: String| (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n"));
     let mut shards = Vec::new();
     for probe in &health.shards {
-        let reader = probe.client.group.reader().clone();
+        let reader = probe.group.reader().clone();
         let digested = tokio::task::spawn_blocking(move || digest(&reader)).await;
         let digested = digested.map_err(|error| failed(error.to_string()))?;
         shards.push(digested.map_err(|error| failed(error.to_string()))?);

@@ -17,9 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::checkpoint_thread::CheckpointHandle;
+use crate::hosted::{BlockRepair, Fetched};
 use crate::resync::ChunkPeers;
 use crate::resync::source::{ChunkSource, SourceError};
-use crate::shard_client::{BlockRepair, Fetched};
 
 /// | name | meaning |
 /// | --- | --- |

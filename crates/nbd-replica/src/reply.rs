@@ -1,19 +1,16 @@
 //! Whom to tell what came of a command.
 
-use std::sync::Arc;
-
+use nbd_front::{Answered, Share};
 use nbd_store::SpaceGrant;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::budget::BytePermit;
 use crate::group_task::Answer;
-use crate::shard_client::Answered;
 
 /// What a mutation holds until it is applied or given up, even if whoever sent it is gone by then:
 /// its request's bytes of the budget, and room on the disk.
 #[derive(Debug)]
 pub(crate) struct Hold {
-    pub(crate) _share: Option<Arc<BytePermit>>,
+    pub(crate) _share: Share,
     pub(crate) _grant: SpaceGrant,
 }
 
@@ -35,7 +32,12 @@ impl Reply {
         match self {
             Self::Session { answers, seq, hold } => {
                 drop(hold);
-                let _ = answers.try_send(Answered::Mutation { seq, answer });
+                let answered = match answer {
+                    Answer::Outcome(outcome) => Answered::Mutation { seq, outcome },
+                    // Whoever proposed it has to ask the next leader.
+                    _ => Answered::Lost,
+                };
+                let _ = answers.try_send(answered);
             }
             Self::Once(reply) => {
                 let _ = reply.send(answer);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use nbd_consensus::{RejectReason, Status};
+use nbd_front::RunError;
 use nbd_rpc::v1;
 use nbd_shard::Answer;
 use nbd_store::{
@@ -14,7 +15,7 @@ use tracing::info;
 
 use super::rules::{Denied, Promotion, Removal, may_join, may_lead, promotion, removal, successor};
 use crate::formation::info_to_wire;
-use crate::group_task::{GroupHandle, RunError};
+use crate::group_task::GroupHandle;
 
 /// Changes that one promotion makes: each dead predecessor, then the promotion.
 const CHANGES_MAX: usize = 8;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_consensus::Role;
+use nbd_front::Route;
 use nbd_rpc::error::Refusal;
 use nbd_rpc::identity::{check_cluster, node_name, replica_id};
 use nbd_rpc::v1;
@@ -30,7 +31,7 @@ use crate::formation::{
     AdminPeers, Founders, Oneself, check_founders, formation_reply, record_to_wire,
     registration_from_wire, within,
 };
-use crate::group_task::{GroupHandle, Route};
+use crate::group_task::GroupHandle;
 use crate::join::RemovedShards;
 use crate::resync::ResyncProgress;
 use crate::scrub::ScrubState;

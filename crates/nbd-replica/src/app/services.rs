@@ -26,13 +26,13 @@ use crate::config::Config;
 use crate::failure::Failure;
 use crate::formation::{AdminPeers, FormationError, Former, Founders, Oneself};
 use crate::group_task::GroupHandle;
+use crate::hosted::BlockRepair;
 use crate::join::{MemberWatch, RemovedShards};
 use crate::peers::{Addresses, GroupEvents};
 use crate::repair::{RepairParts, Repairer};
 use crate::resync::{ChunkPeers, ResyncParts, ResyncProgress, Throttle};
 use crate::scrub::{Comparer, ScrubParts, ScrubState, Scrubber};
 use crate::session_service::SessionService;
-use crate::shard_client::BlockRepair;
 use crate::transport::{Transport, TransportHandle};
 
 /// Longest wait, when a node stops, for peers to close connections to its gRPC server. A peer that

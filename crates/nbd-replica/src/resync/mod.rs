@@ -25,6 +25,7 @@ pub(crate) mod throttle;
 use std::sync::Arc;
 
 use nbd_consensus::SnapshotOffer;
+use nbd_front::GroupStopped;
 use nbd_shard::InstallPlan;
 use nbd_store::{ReplicaInfo, ShardReader, ShardSnapshot};
 use parking_lot::Mutex;
@@ -34,7 +35,7 @@ pub(crate) use self::driver::{ResyncDriver, ResyncParts};
 pub(crate) use self::progress::ResyncProgress;
 pub(crate) use self::source::ChunkPeers;
 pub(crate) use self::throttle::Throttle;
-use crate::group_task::{GroupHandle, GroupStopped};
+use crate::group_task::GroupHandle;
 
 /// The group that a driver works for.
 pub(crate) trait ResyncGroup: Send + Sync + 'static {

@@ -1,7 +1,7 @@
 //! One session of another node, attached to this node's group.
 //!
 //! ```text
-//!  stream ──▶ check ──▶ byte budget ──▶ Local ──▶ group task
+//!  stream ──▶ check ──▶ byte budget ──▶ HostedSession ──▶ group task
 //!     ▲          └─────▶ read tasks ──────────▶ store
 //!     └── replies (few) ◀──┴────── answers ◀──────┘
 //! ```
@@ -14,6 +14,8 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use nbd_front::limits::{MUTATIONS_IN_FLIGHT_MAX, PIECE_BYTES_MAX};
+use nbd_front::{Answered, ByteBudget, BytePermit, Failed, GroupStopped, QueryData, RunError};
 use nbd_proto::limits::BLOCK_STATUS_EXTENTS_MAX;
 use nbd_rpc::{Refusal, v1};
 use nbd_session::Query;
@@ -23,14 +25,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
-use super::{Shared, not_leader, stopping};
-use crate::budget::{ByteBudget, BytePermit};
-use crate::group_task::{Answer, GroupStopped, RunError};
-use crate::limits::MUTATIONS_IN_FLIGHT_MAX;
-use crate::shard_client::local::Local;
-use crate::shard_client::read::{QueryData, QueryError, Question};
-use crate::shard_client::wire::{self, PIECE_BYTES_MAX};
-use crate::shard_client::{Answered, Failed, ShardClient};
+use super::{Shared, not_leader, stopping, wire};
+use crate::hosted::read::{QueryError, Question};
+use crate::hosted::{HostedSession, HostedShard};
 
 /// Queries of one session that may be unanswered; more than any client may have under way.
 const QUERIES_MAX: usize = 256;
@@ -89,7 +86,7 @@ pub(super) async fn serve(
 
 /// A session that was opened or resumed here.
 struct Attached {
-    local: Local,
+    local: HostedSession,
     session: SessionId,
     epoch: Epoch,
     budget: ByteBudget,
@@ -144,9 +141,8 @@ async fn open(
         return Ok(None);
     }
     let (sender, answers) = mpsc::channel(ANSWERS_MAX);
-    let presence = Arc::new(shard.attached.enter(session));
     let attached = Attached {
-        local: Local { shard: shard.clone(), volume, answers: sender, _presence: presence },
+        local: HostedSession::new(shard.clone(), session, volume, sender),
         session,
         epoch,
         budget: shared.budget.clone(),
@@ -179,7 +175,7 @@ impl Attached {
         mut requests: Streaming<v1::AttachRequest>,
         mut answers: mpsc::Receiver<Answered>,
     ) -> Result<(), End> {
-        let shutdown = self.local.shard.access.shutdown.token();
+        let shutdown = self.local.shard.hosting.shutdown.token();
         let mut route = self.local.shard.group.route();
         let mut deposed = pin!(async move { drop(route.wait_for(|now| !now.serving).await) });
         loop {
@@ -268,7 +264,7 @@ impl Attached {
     async fn answer(&mut self, answered: Answered) -> Result<(), End> {
         use v1::attach_mutation_answer::Answer as Wire;
         let (seq, answer) = match answered {
-            Answered::Mutation { seq, answer: Answer::Outcome(outcome) } => match outcome {
+            Answered::Mutation { seq, outcome } => match outcome {
                 Outcome::Done => (seq, Wire::Done(v1::Empty {})),
                 Outcome::Rejected(why) => (seq, Wire::Rejected(wire::rejection_to(why).into())),
                 _ => return Err(End::Told(Status::internal("not an outcome of a mutation"))),
@@ -276,10 +272,8 @@ impl Attached {
             Answered::Refused { seq, failed } => {
                 (seq, Wire::Failed(wire::failed_to(failed).into()))
             }
-            Answered::Granted { seq, command, share, grant } => {
-                return Ok(self.local.propose(seq, command, share, grant).await?);
-            }
-            Answered::Mutation { .. } | Answered::Lost => return Err(lost()),
+            Answered::Granted(granted) => return Ok(self.local.propose(granted).await?),
+            Answered::Lost => return Err(lost()),
             // Queries answer for themselves.
             Answered::Query { .. } | Answered::Piece { .. } => return Ok(()),
         };
@@ -305,7 +299,7 @@ impl Attached {
             _place: place,
         };
         let answers = self.local.answers.clone();
-        self.local.shard.access.shutdown.spawn(async move {
+        self.local.shard.hosting.shutdown.spawn(async move {
             if let Err(QueryError::Lost) = task.run().await {
                 let _ = answers.try_send(Answered::Lost);
             }
@@ -318,7 +312,7 @@ impl Attached {
 struct QueryTask {
     id: u64,
     query: Query,
-    shard: ShardClient,
+    shard: HostedShard,
     volume: VolumeId,
     budget: ByteBudget,
     replies: Replies,

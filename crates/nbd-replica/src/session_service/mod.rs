@@ -4,26 +4,28 @@
 //! is here, that lengths are within their bounds, that commands are whole and every piece of a
 //! payload has its checksum.
 //!
-//! - [`attach`]: one session's stream.
+//! - [`attach`]: one session's stream. [`wire`]: between the types here and those of the protocol.
 //! - This file: the calls, and the checks that they share.
 
 mod attach;
+#[cfg(test)]
+mod tests;
+mod wire;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use nbd_front::{ByteBudget, RunError};
 use nbd_rpc::identity::check_cluster;
 use nbd_rpc::v1::session_server::{Session, SessionServer};
 use nbd_rpc::{MESSAGE_BYTES_MAX, Refusal, v1};
 use nbd_store::{CommandKind, VolumeInfo, decode_all};
-use nbd_topology::ShardId;
+use nbd_topology::{ClusterName, ShardId};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::budget::ByteBudget;
-use crate::group_task::RunError;
-use crate::shard_client::{ShardClient, wire};
+use crate::hosted::HostedShard;
 
 /// Sessions of other nodes that may be attached here. Each costs a few KiB while it is idle.
 const ATTACHMENTS_MAX: usize = 16_384;
@@ -51,16 +53,20 @@ pub(crate) struct SessionService {
 
 #[derive(Debug)]
 struct Shared {
-    shards: HashMap<ShardId, ShardClient>,
+    cluster: ClusterName,
+    shards: HashMap<ShardId, HostedShard>,
     budget: ByteBudget,
     attachments: Arc<Semaphore>,
 }
 
 /// The service, to be added to the node's gRPC server.
-pub(crate) fn service(shards: HashMap<ShardId, ShardClient>) -> SessionServer<SessionService> {
+pub(crate) fn service(
+    cluster: ClusterName,
+    shards: HashMap<ShardId, HostedShard>,
+) -> SessionServer<SessionService> {
     let budget = ByteBudget::new(BYTES_MAX);
     let attachments = Arc::new(Semaphore::new(ATTACHMENTS_MAX));
-    let shared = Arc::new(Shared { shards, budget, attachments });
+    let shared = Arc::new(Shared { cluster, shards, budget, attachments });
     SessionServer::new(SessionService { shared })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
@@ -68,23 +74,17 @@ pub(crate) fn service(shards: HashMap<ShardId, ShardClient>) -> SessionServer<Se
 
 impl Shared {
     /// The shard that is meant.
-    fn shard(&self, target: Option<&v1::ShardTarget>) -> Result<&ShardClient, Refusal> {
+    fn shard(&self, target: Option<&v1::ShardTarget>) -> Result<&HostedShard, Refusal> {
         let target = target.ok_or(Refusal::Malformed("no shard is named"))?;
+        // First: of two clusters that differ in their shards, the cluster is what is wrong.
+        check_cluster(&target.cluster, &self.cluster)?;
         let shard = ShardId(target.shard);
-        let Some(client) = self.shards.get(&shard) else {
-            // Of two clusters that differ in their shards, the cluster is what is wrong.
-            if let Some(any) = self.shards.values().next() {
-                check_cluster(&target.cluster, &any.access.cluster)?;
-            }
-            return Err(Refusal::Shard(shard));
-        };
-        check_cluster(&target.cluster, &client.access.cluster)?;
-        Ok(client)
+        self.shards.get(&shard).ok_or(Refusal::Shard(shard))
     }
 }
 
 /// Who leads instead, as far as is known here.
-fn not_leader(shard: &ShardClient) -> v1::NotLeader {
+fn not_leader(shard: &HostedShard) -> v1::NotLeader {
     let route = shard.group.route();
     let route = route.borrow();
     // Who does not serve yet, itself, cannot be asked either.
@@ -101,7 +101,7 @@ fn stopping() -> Status {
 }
 
 /// A look-up that this replica could not do: somebody else leads, or nobody.
-fn not_looked_up(shard: &ShardClient, error: &RunError) -> Result<v1::NotLeader, Status> {
+fn not_looked_up(shard: &HostedShard, error: &RunError) -> Result<v1::NotLeader, Status> {
     match error {
         RunError::NotLeader | RunError::Lost => Ok(not_leader(shard)),
         RunError::Stopped(_) => Err(stopping()),
@@ -154,7 +154,7 @@ impl Session for SessionService {
         let (replies, outgoing) = mpsc::channel(REPLIES_MAX);
         let shared = Arc::clone(&self.shared);
         let Some(any) = shared.shards.values().next() else { return Err(stopping()) };
-        let shutdown = any.access.shutdown.clone();
+        let shutdown = any.hosting.shutdown.clone();
         shutdown.spawn(async move {
             attach::serve(&shared, request.into_inner(), replies).await;
             drop(place);
@@ -193,8 +193,7 @@ impl Session for SessionService {
         use v1::describe_reply::Result as Reply;
         let request = request.into_inner();
         let shard = self.shared.shard(request.target.as_ref())?;
-        let find = || shard.group.reader().volume_by_name(&request.name);
-        let result = match shard.look(find).await {
+        let result = match shard.describe(&request.name).await {
             Ok(Some(volume)) => Reply::Volume(wire::volume_to(&volume)),
             Ok(None) => Reply::Unknown(v1::Empty {}),
             Err(error) => Reply::NotLeader(not_looked_up(shard, &error)?),
@@ -209,7 +208,7 @@ impl Session for SessionService {
         use v1::list_reply::Result as Reply;
         let request = request.into_inner();
         let shard = self.shared.shard(request.target.as_ref())?;
-        let result = match shard.look(|| shard.group.reader().volumes()).await {
+        let result = match shard.volumes().await {
             Ok(volumes) => {
                 let first = volumes.partition_point(|volume| volume.id.0 <= request.after);
                 Reply::Page(page(&volumes[first..]))

@@ -19,7 +19,7 @@
 //! The task stops reading its socket while it has [`REQUESTS_IN_FLIGHT_MAX`] requests under way,
 //! while the process's byte budget is used up, or while its client leaves replies unread; nothing
 //! else waits for that. It ends when the client leaves, breaks the protocol or stalls, or when the
-//! node shuts down; requests already received are carried out and, as long as the socket lives,
+//! process shuts down; requests already received are carried out and, as long as the socket lives,
 //! answered.
 //!
 //! [`REQUESTS_IN_FLIGHT_MAX`]: crate::limits::REQUESTS_IN_FLIGHT_MAX
@@ -47,16 +47,18 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info};
 
 use self::write::{DIRECT_READ_BYTES_MIN, PayloadStage};
-use super::Node;
+use super::Front;
 use super::in_flight::{InFlight, Pending};
 use super::output::Output;
 use crate::budget::BytePermit;
-use crate::group_task::GroupStopped;
 use crate::limits::{
     INPUT_READ_BYTES, LINGER, OUTPUT_BYTES_MAX, OUTPUT_PROGRESS_BYTES, OUTPUT_STALL_MAX,
     PAYLOAD_STALL_MAX, SHORT_RATE_MIN, SHORT_STALL_MAX, STALL_POLL,
 };
-use crate::shard_client::{Event, Failed, SessionClient, SessionEnd as ClientEnd, Signal};
+use crate::route::GroupStopped;
+use crate::shard_client::{
+    Event, Failed, ReadData, SessionClient, SessionEnd as ClientEnd, Signal,
+};
 
 /// Bytes that one extent of a block status takes, in memory and in the widest reply.
 const STATUS_EXTENT_BYTES: u64 = 40;
@@ -72,7 +74,7 @@ pub(super) struct Attached {
     pub(super) input: BytesMut,
     pub(super) negotiated: Negotiated,
     pub(super) client: SessionClient,
-    pub(super) node: Arc<Node>,
+    pub(super) front: Arc<Front>,
 }
 
 /// Serves the session until it ends, and gives it back to be closed.
@@ -128,7 +130,7 @@ enum Stage {
     Room { request: Request },
     /// The payload of a write.
     Payload(PayloadStage),
-    /// Nothing more is read: the client has left or the node shuts down.
+    /// Nothing more is read: the client has left or the process shuts down.
     Closing,
 }
 
@@ -139,7 +141,7 @@ struct Session {
     encoder: ReplyEncoder,
     context: Option<u32>,
     client: SessionClient,
-    node: Arc<Node>,
+    front: Arc<Front>,
     stage: Stage,
     in_flight: InFlight,
     output: Output,
@@ -151,12 +153,12 @@ struct Session {
     /// them, and how much it had taken by then.
     output_since: Option<(Instant, u64)>,
     /// Where small reads are put together.
-    scratch: Vec<u8>,
+    scratch: ReadData,
 }
 
 impl Session {
     fn new(attached: Attached) -> Self {
-        let Attached { stream, input, negotiated, client, node } = attached;
+        let Attached { stream, input, negotiated, client, front } = attached;
         Self {
             stream,
             input,
@@ -164,19 +166,19 @@ impl Session {
             encoder: ReplyEncoder::new(&negotiated),
             context: negotiated.allocation_context,
             client,
-            node,
+            front,
             stage: Stage::Header,
             in_flight: InFlight::default(),
             output: Output::default(),
             client_left: false,
             reading_bytes: 0,
             output_since: None,
-            scratch: Vec::new(),
+            scratch: ReadData::default(),
         }
     }
 
     async fn run(&mut self) -> Result<(), SessionEnd> {
-        let shutdown = self.node.shutdown.token();
+        let shutdown = self.front.shutdown.token();
         self.serve(&shutdown).await?;
         // A client that is gone already has nothing to wait for.
         let _ = self.linger().await;
@@ -404,7 +406,7 @@ impl Session {
 
     fn refuse(&mut self, refused: &Refused) {
         debug!(command = ?refused.command, error = ?refused.error, refused.message, "refused");
-        self.node.metrics.refused.increment(1);
+        self.front.metrics.refused.increment(1);
         let to = refused.reply_to();
         self.encoder.error(self.output.buffer(), &to, refused.error, refused.message);
     }
@@ -418,10 +420,10 @@ impl Session {
         }
         let permit = match bytes {
             0 => None,
-            bytes => match self.node.budget.try_acquire(bytes) {
+            bytes => match self.front.budget.try_acquire(bytes) {
                 Some(permit) => Some(permit),
                 None => {
-                    let budget = self.node.budget.clone();
+                    let budget = self.front.budget.clone();
                     let permit = Box::pin(async move { budget.acquire(bytes).await });
                     self.stage = Stage::Budget { request, permit };
                     return Ok(false);
@@ -466,12 +468,12 @@ impl Session {
     }
 
     fn done(&mut self, to: ReplyTo, kind: CommandKind, len: u64, since: Instant) {
-        self.node.metrics.request(kind, len, since.elapsed());
+        self.front.metrics.request(kind, len, since.elapsed());
         self.encoder.done(self.output.buffer(), &to);
     }
 
     fn fail(&mut self, to: ReplyTo, error: NbdError) {
-        self.node.metrics.failed.increment(1);
+        self.front.metrics.failed.increment(1);
         self.encoder.error(self.output.buffer(), &to, error, message(error));
     }
 
@@ -529,7 +531,7 @@ impl Session {
         if let Some(permit) = pending.permit.take() {
             self.output.hold(permit);
         }
-        self.node.metrics.request(pending.kind, pending.len, pending.since.elapsed());
+        self.front.metrics.request(pending.kind, pending.len, pending.since.elapsed());
     }
 
     /// Answers a request whose mutations have all come to an end.

@@ -9,11 +9,10 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Streaming;
 use tracing::{debug, warn};
 
-use super::read::QueryData;
 use super::session::AttachError;
-use super::{Answered, ShardClient, wire};
-use crate::group_task::{Answer, LeaderAt};
+use super::{Answered, QueryData, ShardClient, wire};
 use crate::limits::{MUTATIONS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX};
+use crate::route::LeaderAt;
 
 /// Requests that wait to be sent: all that a session may have under way, and the hello.
 const REQUESTS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX + 1;
@@ -23,7 +22,7 @@ const ANSWERS_MAX: usize = 16;
 
 /// One session's stream. Dropping it ends the stream.
 #[derive(Debug)]
-pub(crate) struct Remote {
+pub(super) struct Remote {
     requests: mpsc::Sender<v1::AttachRequest>,
     _pump: AbortOnDropHandle<()>,
 }
@@ -43,7 +42,7 @@ pub(super) async fn attach(
         AttachError::Elsewhere
     })?;
     let hello = v1::AttachHello {
-        target: Some(wire::target(access, shard.group.shard())),
+        target: Some(wire::target(access, shard.shard)),
         session: session.0.to_le_bytes().to_vec().into(),
         epoch: epoch.0,
         volume: volume.0,
@@ -175,5 +174,5 @@ fn mutation_answered(answer: &v1::AttachMutationAnswer) -> Result<Answered, Refu
         }
         None => return Err(wire::malformed("an answer that is none")),
     };
-    Ok(Answered::Mutation { seq, answer: Answer::Outcome(outcome) })
+    Ok(Answered::Mutation { seq, outcome })
 }

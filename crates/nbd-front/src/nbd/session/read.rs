@@ -13,7 +13,6 @@ use super::{Session, status_bytes};
 use crate::budget::BytePermit;
 use crate::limits::INLINE_READ_BYTES_MAX;
 use crate::shard_client::ReadData;
-use crate::shard_client::read::runs;
 
 /// Data up to this length is copied behind other replies rather than queued as a buffer of its own.
 const COPIED_REPLY_BYTES_MAX: usize = 64 << 10;
@@ -31,7 +30,7 @@ impl Session {
         let holes = self.encoder.can_send_holes() && !dont_fragment;
         if len <= INLINE_READ_BYTES_MAX && self.read_inline(to, offset, len, holes) {
             self.output.hold(permit);
-            return self.node.metrics.request(CommandKind::Read, len, pending.since.elapsed());
+            return self.front.metrics.request(CommandKind::Read, len, pending.since.elapsed());
         }
         pending.permit = Some(permit);
         pending.reply_bytes = usize::try_from(len).unwrap_or(usize::MAX);
@@ -40,23 +39,16 @@ impl Session {
         self.client.query(Query::Read { offset, len, holes }, token);
     }
 
-    /// Answers a read if this node's store may, and can without waiting for the disk.
+    /// Answers a read if a replica in this process may, and can without waiting for the disk.
     fn read_inline(&mut self, to: ReplyTo, offset: u64, len: u64, holes: bool) -> bool {
-        let Some(group) = self.client.local_group() else { return false };
-        let Some(permit) = group.read_permit() else { return false };
-        // What cannot be read is looked at again, by the book, on the blocking pool.
-        let Ok(mut plan) = group.reader().resolve(self.client.volume(), offset, len) else {
-            return false;
-        };
-        self.scratch.resize(plan.len(), 0);
-        let mut bytes = std::mem::take(&mut self.scratch);
-        let done = matches!(plan.try_read_cached(&mut bytes), Ok(true)) && permit.holds();
+        let mut data = std::mem::take(&mut self.scratch);
+        let done = self.client.try_read(offset, len, holes, &mut data);
         if done {
-            self.send_runs(to, &runs(&plan, holes), |output, run| {
-                output.buffer().extend_from_slice(&bytes[run]);
+            self.send_runs(to, &data.runs, |output, run| {
+                output.buffer().extend_from_slice(&data.bytes[run]);
             });
         }
-        self.scratch = bytes;
+        self.scratch = data;
         done
     }
 

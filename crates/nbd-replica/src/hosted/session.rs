@@ -1,34 +1,39 @@
-//! An attachment to the leader's replica in this process: straight to the group and its store.
-
-use std::sync::Arc;
+//! A session attached to this node's replica of a shard: straight to the group and its store.
 
 use bytes::Bytes;
+use nbd_front::{Answered, Boxed, Failed, Granted, GroupStopped, LocalAttachment, ReadData, Share};
 use nbd_session::{Query, QueryId};
-use nbd_store::{CommandHeader, SpaceGrant, VolumeId};
+use nbd_store::{CommandHeader, SessionId, VolumeId, decode_all};
 use tokio::sync::mpsc;
 
+use super::HostedShard;
 use super::expiry::Presence;
-use super::read::{QueryError, Question};
-use super::{Answered, Failed, ShardClient};
-use crate::budget::BytePermit;
-use crate::group_task::GroupStopped;
+use super::read::{QueryError, Question, runs};
 use crate::reply::{Hold, Reply};
-
-/// What a mutation needs besides its command; goes with it until it is applied.
-pub(crate) type Share = Option<Arc<BytePermit>>;
 
 /// One session's way into a group of this node. Answers come over the channel it was made with,
 /// which has room for all that the session may have under way.
-#[derive(Debug, Clone)]
-pub(crate) struct Local {
-    pub(crate) shard: ShardClient,
+#[derive(Debug)]
+pub(crate) struct HostedSession {
+    pub(crate) shard: HostedShard,
     pub(crate) volume: VolumeId,
     pub(crate) answers: mpsc::Sender<Answered>,
     /// Keeps the session from expiring.
-    pub(crate) _presence: Arc<Presence>,
+    _presence: Presence,
 }
 
-impl Local {
+impl HostedSession {
+    /// Of a session that the log has opened.
+    pub(crate) fn new(
+        shard: HostedShard,
+        session: SessionId,
+        volume: VolumeId,
+        answers: mpsc::Sender<Answered>,
+    ) -> Self {
+        let presence = shard.attached.enter(session);
+        Self { shard, volume, answers, _presence: presence }
+    }
+
     /// Proposes a mutation once the disk has room for it: at once if that is plain, else
     /// [`Answered::Granted`] comes first.
     pub(crate) async fn mutate(
@@ -37,16 +42,16 @@ impl Local {
         command: Bytes,
         share: Share,
     ) -> Result<(), GroupStopped> {
-        let room = &self.shard.access.room;
+        let room = &self.shard.hosting.room;
         if let Some(grant) = room.admit_fast(header) {
-            return self.propose(header.seq, command, share, grant).await;
+            return self.propose(Granted { seq: header.seq, command, share, grant }).await;
         }
         let (room, header, answers) = (room.clone(), *header, self.answers.clone());
         let reader = self.shard.group.reader().clone();
-        self.shard.access.shutdown.spawn(async move {
+        self.shard.hosting.shutdown.spawn(async move {
             let seq = header.seq;
             let answered = match room.look(&reader, &header).await {
-                Ok(grant) => Answered::Granted { seq, command, share, grant },
+                Ok(grant) => Answered::Granted(Granted { seq, command, share, grant }),
                 Err(failed) => Answered::Refused { seq, failed },
             };
             // An attachment that was given up needs no answer.
@@ -56,24 +61,29 @@ impl Local {
     }
 
     /// Proposes a mutation that room was found for.
-    pub(crate) async fn propose(
-        &self,
-        seq: u64,
-        command: Bytes,
-        share: Share,
-        grant: SpaceGrant,
-    ) -> Result<(), GroupStopped> {
+    pub(crate) async fn propose(&self, granted: Granted) -> Result<(), GroupStopped> {
+        let Granted { seq, command, share, grant } = granted;
         let hold = Hold { _share: share, _grant: grant };
         let reply = Reply::Session { answers: self.answers.clone(), seq, hold };
         self.shard.group.propose(command, reply).await
     }
+}
 
-    /// Answers a query on the blocking pool.
-    pub(crate) fn query(&self, id: QueryId, query: Query) {
+impl LocalAttachment for HostedSession {
+    fn mutate(&self, command: Bytes, share: Share) -> Boxed<'_, Result<(), GroupStopped>> {
+        let header = header_of(&command);
+        Box::pin(async move { self.mutate(&header, command, share).await })
+    }
+
+    fn propose(&self, granted: Granted) -> Boxed<'_, Result<(), GroupStopped>> {
+        Box::pin(self.propose(granted))
+    }
+
+    fn query(&self, id: QueryId, query: Query) {
         let question = Question { shard: self.shard.clone(), volume: self.volume, query };
         let answer = Answer::new(self.answers.clone(), id);
         let Some(permit) = self.shard.group.read_permit() else {
-            self.shard.access.shutdown.spawn(answer.of(question));
+            self.shard.hosting.shutdown.spawn(answer.of(question));
             return;
         };
         let runtime = tokio::runtime::Handle::current();
@@ -81,6 +91,32 @@ impl Local {
             Some(data) => answer.send(Answered::Query { id, result: Ok(data) }),
             None => drop(runtime.spawn(answer.of(question))),
         });
+    }
+
+    fn try_read(&self, offset: u64, len: u64, holes: bool, data: &mut ReadData) -> bool {
+        let Some(permit) = self.shard.group.read_permit() else { return false };
+        // What cannot be read is looked at again, by the book, on the blocking pool.
+        let Ok(mut plan) = self.shard.group.reader().resolve(self.volume, offset, len) else {
+            return false;
+        };
+        data.bytes.resize(plan.len(), 0);
+        if !matches!(plan.try_read_cached(&mut data.bytes), Ok(true)) || !permit.holds() {
+            return false;
+        }
+        data.runs = runs(&plan, holes);
+        true
+    }
+
+    fn close(self: Box<Self>, command: Bytes) -> Boxed<'static, Result<(), GroupStopped>> {
+        Box::pin(async move { self.shard.group.propose(command, Reply::Nobody).await })
+    }
+}
+
+/// The header of a command of this process's own.
+fn header_of(command: &Bytes) -> CommandHeader {
+    match decode_all(command).next() {
+        Some(Ok(decoded)) => decoded.header,
+        other => unreachable!("a command made by this process is none: {other:?}"),
     }
 }
 

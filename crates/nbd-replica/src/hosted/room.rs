@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use nbd_front::Failed;
 use nbd_store::{
     Admission, AdmissionKind, CommandHeader, CommandKind, ShardReader, SpaceGauge, SpaceGrant,
 };
 use tracing::error;
 
-use super::Failed;
 use crate::checkpoint_thread::CheckpointHandle;
 use crate::limits::SPACE_ATTEMPTS_MAX;
 

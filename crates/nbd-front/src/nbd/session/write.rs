@@ -12,7 +12,7 @@ use nbd_store::{CommandKind as LogKind, Epoch, SessionId, VolumeId};
 use super::super::in_flight::Pending;
 use super::{Session, SessionEnd, Stage};
 use crate::budget::BytePermit;
-use crate::group_task::GroupStopped;
+use crate::route::GroupStopped;
 
 /// Payload bytes from which on the rest is read from the socket straight into the mutation's
 /// buffer.

@@ -19,20 +19,37 @@ use nbd_service::Shutdown;
 use nbd_topology::ShardId;
 
 use crate::budget::ByteBudget;
-use crate::config::VolumesConfig;
 use crate::metrics::NbdMetrics;
 use crate::shard_client::ShardClient;
+use crate::volumes::VolumesConfig;
 
-pub(crate) use listener::Listener;
+pub use listener::Listener;
 
-/// What all connections of a node share.
+/// What all connections of a process share.
 #[derive(Debug)]
-pub(crate) struct Node {
+pub struct Front {
     pub(crate) shard_count: NonZeroU32,
-    /// The shards of which this node hosts a replica, whoever leads them.
+    /// The shards whose volumes can be attached to here, whoever leads them.
     pub(crate) shards: HashMap<ShardId, ShardClient>,
     pub(crate) volumes: VolumesConfig,
     pub(crate) budget: ByteBudget,
     pub(crate) shutdown: Shutdown,
     pub(crate) metrics: NbdMetrics,
+}
+
+impl Front {
+    /// Serves the volumes of `shards`, out of `shard_count` that the cluster has: names of others
+    /// are unknown here. All requests together hold what `budget` has. `shutdown` ends every
+    /// connection.
+    #[must_use]
+    pub fn new(
+        shard_count: NonZeroU32,
+        shards: HashMap<ShardId, ShardClient>,
+        volumes: VolumesConfig,
+        budget: ByteBudget,
+        shutdown: Shutdown,
+    ) -> Self {
+        let metrics = NbdMetrics::new();
+        Self { shard_count, shards, volumes, budget, shutdown, metrics }
+    }
 }

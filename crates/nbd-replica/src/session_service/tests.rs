@@ -2,11 +2,13 @@
 
 mod support;
 
-use nbd_session::Query;
-use nbd_store::{BlockStatus, Extent};
+use std::time::Duration;
 
-use self::support::{Client, Follower, Leader, Wire, route_to};
-use super::*;
+use nbd_front::{Event, Links};
+use nbd_session::Query;
+use nbd_store::{BlockStatus, Extent, Outcome};
+
+use self::support::{Client, Follower, Leader, Wire, route_to, without_replica};
 
 /// Bytes that differ from place to place.
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
@@ -41,6 +43,22 @@ async fn requests_of_all_sizes_are_forwarded() {
     assert_eq!(read.runs, [(0..mib, false), (mib..9 * mib, true), (9 * mib..10 * mib, false)]);
     client.session.close().await;
     drop(follower);
+    leader.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_without_replicas_is_served_like_a_node_that_follows() {
+    let leader = Leader::start().await;
+    let (shard, route) = without_replica(&leader);
+    route.send_replace(route_to(&leader.address, 1));
+    let found = shard.describe("vol").await.unwrap().unwrap();
+    let mut client = Client::open(&shard, found.id).await;
+    let bytes = pattern(1, 2 << 20);
+    let mutations = client.write(3, 4096, &bytes).await;
+    assert_eq!(client.done(mutations).await, [3, 3]);
+    assert!(client.read(4096, 2 << 20, false).await.bytes == bytes);
+    client.session.close().await;
+    drop((shard, route));
     leader.stop().await;
 }
 
@@ -119,11 +137,11 @@ async fn without_a_leader_requests_wait_and_leadership_may_come_home() {
     client.write(1, 0, &pattern(1, 4096)).await;
     client.idle(Duration::from_millis(300)).await;
     // This node's own group leads now.
-    let mut route = leader.shard.group.route().borrow().clone();
+    let mut route = leader.hosted.group.route().borrow().clone();
     route.term = nbd_topology::Term(3);
     follower.route.send_replace(route);
     assert_eq!(client.done(1).await, [1]);
-    assert!(client.session.local_group().is_some());
+    assert!(follower.hosted.attached.contains(client.session.id()));
     drop((client, follower));
     leader.stop().await;
 }
@@ -176,8 +194,8 @@ async fn volumes_and_commands_are_reached_through_the_leader() {
     }
     let listed = follower.shard.volumes().await.unwrap();
     assert_eq!(listed.len(), 401, "more than fit in one page");
-    assert_eq!(listed, leader.shard.group.reader().volumes());
-    let before = leader.shard.group.reader().counter();
+    assert_eq!(listed, leader.hosted.group.reader().volumes());
+    let before = leader.hosted.group.reader().counter();
     assert_eq!(follower.shard.run(&add).await, Ok(Outcome::Counter(before + 5)));
     drop(follower);
     leader.stop().await;

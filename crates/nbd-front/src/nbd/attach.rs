@@ -14,10 +14,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tracing::{Instrument, debug, info, info_span, warn};
 
-use super::Node;
+use super::Front;
 use super::session::{self, Attached};
-use crate::group_task::GroupStopped;
 use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES};
+use crate::route::GroupStopped;
 use crate::shard_client::{SessionClient, SessionEnd, ShardClient};
 
 /// Longest name that an attach may create a volume under. The protocol advises clients to stay
@@ -25,13 +25,13 @@ use crate::shard_client::{SessionClient, SessionEnd, ShardClient};
 const CREATED_NAME_BYTES_MAX: usize = 256;
 
 /// Serves one connection from its first byte to its last.
-pub(super) async fn serve(mut stream: TcpStream, node: &Arc<Node>) {
+pub(super) async fn serve(mut stream: TcpStream, front: &Arc<Front>) {
     let mut input = BytesMut::with_capacity(INPUT_READ_BYTES);
     let mut opened = None;
-    let negotiation = negotiate(&mut stream, &mut input, node, &mut opened);
+    let negotiation = negotiate(&mut stream, &mut input, front, &mut opened);
     let negotiated = tokio::select! {
         negotiated = tokio::time::timeout(HANDSHAKE_DEADLINE, negotiation) => negotiated,
-        () = node.shutdown.started() => Ok(Ok(None)),
+        () = front.shutdown.started() => Ok(Ok(None)),
     };
     let negotiated = match negotiated {
         Ok(Ok(negotiated)) => negotiated,
@@ -47,7 +47,7 @@ pub(super) async fn serve(mut stream: TcpStream, node: &Arc<Node>) {
     let Some(mut client) = opened else { return };
     if let Some(negotiated) = negotiated {
         let export = negotiated.export.name.to_string();
-        let attached = Attached { stream, input, negotiated, client, node: Arc::clone(node) };
+        let attached = Attached { stream, input, negotiated, client, front: Arc::clone(front) };
         let span = info_span!("session", %export);
         client = session::run(attached).instrument(span).await;
     }
@@ -68,7 +68,7 @@ enum AttachError {
 async fn negotiate(
     stream: &mut TcpStream,
     input: &mut BytesMut,
-    node: &Node,
+    front: &Front,
     opened: &mut Option<SessionClient>,
 ) -> Result<Option<Negotiated>, AttachError> {
     let mut handshake = ServerHandshake::new();
@@ -95,14 +95,14 @@ async fn negotiate(
                 return Ok(None);
             }
             Some(HandshakeEvent::List) => {
-                handshake.answer_list(list(node).await.into_iter());
+                handshake.answer_list(list(front).await.into_iter());
                 // Sent before the next one is made, so that answers never pile up.
                 send(stream, handshake.take_output()).await?;
             }
             Some(HandshakeEvent::Resolve { name, purpose }) => {
                 let answer = match purpose {
-                    Purpose::Describe => describe(node, &name).await,
-                    Purpose::Attach => attach(node, &name, opened).await,
+                    Purpose::Describe => describe(front, &name).await,
+                    Purpose::Attach => attach(front, &name, opened).await,
                 };
                 if let Some(negotiated) = handshake.answer_export(answer) {
                     send(stream, handshake.take_output()).await?;
@@ -122,14 +122,14 @@ fn volume_name(name: &ExportName) -> &str {
     if name.as_str().is_empty() { DEFAULT_VOLUME_NAME } else { name.as_str() }
 }
 
-fn shard_client<'node>(node: &'node Node, name: &str) -> Option<&'node ShardClient> {
-    node.shards.get(&shard_of(name.as_bytes(), node.shard_count))
+fn shard_client<'a>(front: &'a Front, name: &str) -> Option<&'a ShardClient> {
+    front.shards.get(&shard_of(name.as_bytes(), front.shard_count))
 }
 
-/// The exports of all shards of this node.
-async fn list(node: &Node) -> Vec<(ExportName, String)> {
+/// The exports of all shards.
+async fn list(front: &Front) -> Vec<(ExportName, String)> {
     let mut exports = Vec::new();
-    for shard in node.shards.values() {
+    for shard in front.shards.values() {
         // A shard whose group has stopped has nothing to offer.
         for volume in shard.volumes().await.unwrap_or_default() {
             if let Ok(name) = ExportName::from_bytes(volume.name.as_bytes()) {
@@ -149,33 +149,33 @@ fn export_info(volume: &VolumeInfo) -> Result<ExportInfo, ExportRefusal> {
 }
 
 /// What an attach would find, without creating anything.
-async fn describe(node: &Node, name: &ExportName) -> Result<ExportInfo, ExportRefusal> {
+async fn describe(front: &Front, name: &ExportName) -> Result<ExportInfo, ExportRefusal> {
     let name = volume_name(name);
-    let shard = shard_client(node, name).ok_or(ExportRefusal::Unknown)?;
+    let shard = shard_client(front, name).ok_or(ExportRefusal::Unknown)?;
     let found = shard.describe(name).await.map_err(|GroupStopped| ExportRefusal::Shutdown)?;
     if let Some(volume) = found {
         return export_info(&volume);
     }
-    if !may_create(node, name) {
+    if !may_create(front, name) {
         return Err(ExportRefusal::Unknown);
     }
     let name = ExportName::from_bytes(name.as_bytes()).map_err(|_| ExportRefusal::Unknown)?;
-    let size = node.volumes.default_size;
+    let size = front.volumes.default_size;
     Ok(ExportInfo { name, description: String::new(), size, read_only: false })
 }
 
 /// Finds or creates the volume and opens a session on it. `opened` is set before the log is asked:
 /// should this wait be cut short, the session is closed whether or not it came to be.
 async fn attach(
-    node: &Node,
+    front: &Front,
     name: &ExportName,
     opened: &mut Option<SessionClient>,
 ) -> Result<ExportInfo, ExportRefusal> {
     let name = volume_name(name);
-    let shard = shard_client(node, name).ok_or(ExportRefusal::Unknown)?;
+    let shard = shard_client(front, name).ok_or(ExportRefusal::Unknown)?;
     let volume = match shard.describe(name).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
         Some(volume) => volume,
-        None if may_create(node, name) => create(node, shard, name).await?,
+        None if may_create(front, name) => create(front, shard, name).await?,
         None => return Err(ExportRefusal::Unknown),
     };
     let info = export_info(&volume)?;
@@ -195,14 +195,18 @@ async fn attach(
     }
 }
 
-fn may_create(node: &Node, name: &str) -> bool {
-    node.volumes.auto_create
+fn may_create(front: &Front, name: &str) -> bool {
+    front.volumes.auto_create
         && name.len() <= CREATED_NAME_BYTES_MAX
         && !name.chars().any(char::is_control)
 }
 
-async fn create(node: &Node, shard: &ShardClient, name: &str) -> Result<VolumeInfo, ExportRefusal> {
-    let command = command::encode_create_volume(name, node.volumes.default_size, "")
+async fn create(
+    front: &Front,
+    shard: &ShardClient,
+    name: &str,
+) -> Result<VolumeInfo, ExportRefusal> {
+    let command = command::encode_create_volume(name, front.volumes.default_size, "")
         .map_err(|_| ExportRefusal::Unknown)?;
     match shard.run(&command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
         Outcome::VolumeCreated(volume) => {

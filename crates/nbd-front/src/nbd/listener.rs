@@ -10,32 +10,34 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tracing::{Instrument, debug, info, info_span, warn};
 
-use super::{Node, attach};
+use super::{Front, attach};
 
 /// Wait before accepting again after the system refused (out of file descriptors, say).
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// Accepts connections until the node shuts down.
+/// Accepts connections until the process shuts down.
 #[derive(Debug)]
-pub(crate) struct Listener {
+pub struct Listener {
     socket: TcpListener,
-    node: Arc<Node>,
+    front: Arc<Front>,
     connections_max: usize,
     connections: Arc<Semaphore>,
 }
 
 impl Listener {
-    pub(crate) fn new(socket: TcpListener, node: Arc<Node>, connections_max: usize) -> Self {
+    /// Serves at most `connections_max` connections at a time, which come over `socket`.
+    #[must_use]
+    pub fn new(socket: TcpListener, front: Arc<Front>, connections_max: usize) -> Self {
         let connections = Arc::new(Semaphore::new(connections_max));
-        Self { socket, node, connections_max, connections }
+        Self { socket, front, connections_max, connections }
     }
 
-    /// Runs until shutdown begins. Each connection is a task of the node's tracker.
-    pub(crate) async fn run(self) {
+    /// Runs until shutdown begins. Each connection is a task that the shutdown waits for.
+    pub async fn run(self) {
         let mut connection_number = 0_u64;
         loop {
             let accepted = tokio::select! {
-                () = self.node.shutdown.started() => return,
+                () = self.front.shutdown.started() => return,
                 accepted = self.socket.accept() => accepted,
             };
             match accepted {
@@ -55,20 +57,20 @@ impl Listener {
         let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else {
             // Closing before the greeting is how NBD says no at this point.
             info!(%peer, limit = self.connections_max, "too many connections: closed a new one");
-            self.node.metrics.connections_refused.increment(1);
+            self.front.metrics.connections_refused.increment(1);
             return;
         };
         if let Err(error) = set_options(&stream) {
             debug!(%peer, %error, "cannot set socket options");
             return;
         }
-        let node = Arc::clone(&self.node);
+        let front = Arc::clone(&self.front);
         let span = info_span!("connection", id = number, %peer);
-        self.node.shutdown.spawn(
+        self.front.shutdown.spawn(
             async move {
-                node.metrics.connections.increment(1.0);
-                attach::serve(stream, &node).await;
-                node.metrics.connections.decrement(1.0);
+                front.metrics.connections.increment(1.0);
+                attach::serve(stream, &front).await;
+                front.metrics.connections.decrement(1.0);
                 drop(place);
             }
             .instrument(span),

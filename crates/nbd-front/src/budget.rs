@@ -14,7 +14,7 @@ const SMALL_REQUEST_BYTES_MAX: u64 = 128 << 10;
 
 /// A share of the budget; gives its bytes back when dropped.
 #[derive(Debug)]
-pub(crate) struct BytePermit {
+pub struct BytePermit {
     _permit: OwnedSemaphorePermit,
     waiting: Arc<AtomicUsize>,
 }
@@ -22,14 +22,15 @@ pub(crate) struct BytePermit {
 impl BytePermit {
     /// Whether requests wait for what this is a share of: a connection that holds it and gets
     /// nowhere is then in the way of others.
-    pub(crate) fn is_wanted(&self) -> bool {
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 }
 
 /// Bytes of requests that all connections of the process may hold together.
 #[derive(Debug, Clone)]
-pub(crate) struct ByteBudget {
+pub struct ByteBudget {
     small: Pool,
     large: Pool,
 }
@@ -66,7 +67,8 @@ impl Drop for Waiting<'_> {
 impl ByteBudget {
     /// A budget of `bytes_max`, a quarter of it for small requests. `bytes_max` is at least 64 MiB
     /// (checked with the configuration), so that the largest request always fits.
-    pub(crate) fn new(bytes_max: u64) -> Self {
+    #[must_use]
+    pub fn new(bytes_max: u64) -> Self {
         let bytes_max = u32::try_from(bytes_max).unwrap_or(u32::MAX);
         let small = bytes_max / 4;
         Self { small: Pool::new(small), large: Pool::new(bytes_max - small) }
@@ -78,7 +80,8 @@ impl ByteBudget {
     }
 
     /// A permit for `bytes`, or `None` when the budget has no room now.
-    pub(crate) fn try_acquire(&self, bytes: u64) -> Option<BytePermit> {
+    #[must_use]
+    pub fn try_acquire(&self, bytes: u64) -> Option<BytePermit> {
         let (pool, bytes) = self.share(bytes);
         match Arc::clone(&pool.semaphore).try_acquire_many_owned(bytes) {
             Ok(permit) => Some(pool.permit(permit)),
@@ -88,7 +91,7 @@ impl ByteBudget {
     }
 
     /// A permit for `bytes`, waiting in turn for room.
-    pub(crate) async fn acquire(&self, bytes: u64) -> BytePermit {
+    pub async fn acquire(&self, bytes: u64) -> BytePermit {
         let (pool, bytes) = self.share(bytes);
         pool.waiting.fetch_add(1, Ordering::Relaxed);
         let _waiting = Waiting(&pool.waiting);

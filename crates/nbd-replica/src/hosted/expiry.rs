@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
-use super::ShardClient;
+use super::HostedShard;
 
 /// Longest time between two looks at a shard's sessions.
 const LOOK_MAX: Duration = Duration::from_secs(60);
@@ -39,7 +39,8 @@ impl AttachedSessions {
         Presence { attached: self.clone(), session }
     }
 
-    fn contains(&self, session: SessionId) -> bool {
+    /// Whether anything is attached for it.
+    pub(crate) fn contains(&self, session: SessionId) -> bool {
         self.counts.lock().contains_key(&session)
     }
 }
@@ -91,8 +92,8 @@ impl Absent {
 
 /// Closes sessions that nobody was attached to for `expiry` while this node led the shard. Runs
 /// until the node stops.
-pub(crate) async fn expire_sessions(shard: ShardClient, expiry: Duration) {
-    let stopping = shard.access.shutdown.token();
+pub(crate) async fn expire_sessions(shard: HostedShard, expiry: Duration) {
+    let stopping = shard.hosting.shutdown.token();
     let label = shard.group.shard().to_string();
     let open_sessions = gauge!("shard_sessions", "shard" => label.clone());
     let expired = counter!("shard_sessions_expired_total", "shard" => label);

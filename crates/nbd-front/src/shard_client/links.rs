@@ -1,4 +1,4 @@
-//! Connections to the other nodes, one each, shared by all sessions of this node.
+//! Connections to nodes, one each, shared by all sessions of this process.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,14 +10,17 @@ use tonic::transport::Channel;
 
 /// The connections, by address. A leaf registry: it is locked for a look-up and never across I/O.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Links {
+pub struct Links {
     channels: Arc<Mutex<HashMap<String, Channel>>>,
 }
 
 impl Links {
     /// A client of the node at `address`, a `host:port`. It connects when it is first used, and
     /// again whenever the connection is found broken.
-    pub(super) fn client(&self, address: &str) -> Result<RpcClient<Channel>, InvalidAddress> {
+    ///
+    /// # Errors
+    /// An address that is none.
+    pub fn client(&self, address: &str) -> Result<RpcClient<Channel>, InvalidAddress> {
         let mut channels = self.channels.lock();
         let channel = match channels.get(address) {
             Some(channel) => channel.clone(),

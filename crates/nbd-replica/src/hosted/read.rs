@@ -8,13 +8,14 @@ use std::ops::Range;
 use std::pin::Pin;
 
 use bytes::Bytes;
+use nbd_front::{Failed, QueryData, ReadData, RunError};
 use nbd_session::Query;
 use nbd_store::limits::BLOCK_BYTES;
-use nbd_store::{Extent, ReadError, ReadPlan, Segment, ShardReader, VolumeId};
+use nbd_store::{ReadError, ReadPlan, Segment, ShardReader, VolumeId};
 use tracing::{error, info, warn};
 
-use super::{Failed, ShardClient};
-use crate::group_task::{ReadPermit, RunError};
+use super::HostedShard;
+use crate::group_task::ReadPermit;
 
 /// Damaged blocks that one read may have repaired. A disk with more of them is no place to read
 /// from.
@@ -27,21 +28,6 @@ pub(crate) type Fetched = Pin<Box<dyn Future<Output = Option<Bytes>> + Send>>;
 pub(crate) trait BlockRepair: fmt::Debug + Send + Sync {
     /// The 4096 bytes of `block` of `volume` that have the CRC32C `crc`, from another replica.
     fn fetch(&self, volume: VolumeId, block: u64, crc: u32) -> Fetched;
-}
-
-/// Bytes of a read with the runs in them that are known to be zero.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct ReadData {
-    pub(crate) bytes: Vec<u8>,
-    /// Runs in order, without gaps, relative to the read's start; `true` for a run of zeroes.
-    pub(crate) runs: Vec<(Range<usize>, bool)>,
-}
-
-/// What a query was answered with.
-#[derive(Debug)]
-pub(crate) enum QueryData {
-    Bytes(ReadData),
-    Extents(Vec<Extent>),
 }
 
 /// Why a query was not answered.
@@ -65,7 +51,7 @@ type Repaired = BTreeMap<u64, Bytes>;
 /// What a query is about, on whatever thread it is looked at.
 #[derive(Debug, Clone)]
 pub(crate) struct Question {
-    pub(crate) shard: ShardClient,
+    pub(crate) shard: HostedShard,
     pub(crate) volume: VolumeId,
     pub(crate) query: Query,
 }
@@ -110,11 +96,11 @@ impl Question {
     async fn repair(&self, error: &ReadError, repaired: &mut Repaired) -> Result<(), QueryError> {
         let failed = QueryError::Failed(Failed::Io);
         if let ReadError::Corrupt { volume, block, crc, .. } = error {
-            self.shard.access.corrupt.increment(1);
+            self.shard.hosting.corrupt.increment();
             if let Some(crc) = *crc
                 && repaired.len() < REPAIRS_PER_READ_MAX
                 && !repaired.contains_key(block)
-                && let Some(bytes) = self.shard.access.repair.fetch(*volume, *block, crc).await
+                && let Some(bytes) = self.shard.hosting.repair.fetch(*volume, *block, crc).await
             {
                 info!(%error, "read from another replica");
                 repaired.insert(*block, bytes);
@@ -196,7 +182,7 @@ fn read_around(
 }
 
 /// The runs of a plan that was read; `true` for zeroes. One run of bytes if holes are not wanted.
-pub(crate) fn runs(plan: &ReadPlan, holes: bool) -> Vec<(Range<usize>, bool)> {
+pub(super) fn runs(plan: &ReadPlan, holes: bool) -> Vec<(Range<usize>, bool)> {
     if holes {
         plan.segments().map(|(run, segment)| (run, segment == Segment::Zero)).collect()
     } else {

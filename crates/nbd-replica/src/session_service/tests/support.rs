@@ -4,11 +4,13 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use metrics::Counter;
+use nbd_front::{
+    Access, Event, LeaderAt, Links, QueryData, ReadData, Route, SessionClient, ShardClient,
+};
 use nbd_service::telemetry::{PrometheusHandle, metrics_recorder};
 use nbd_service::{ClusterConfig, Shutdown};
 use nbd_session::Query;
-use nbd_store::{Extent, Outcome, VolumeId, command, encode_trim, encode_write};
+use nbd_store::{Extent, Outcome, Owner, VolumeId, command, encode_trim, encode_write};
 use nbd_topology::{ReplicaId, Term};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -16,9 +18,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::super::*;
 use crate::app::Replica;
 use crate::config::{Config, Tuning};
+use crate::hosted::read::Question;
+use crate::hosted::{AttachedSessions, HostedShard};
 use crate::session_service;
 
 /// Longer than anything here takes, also on a loaded machine.
@@ -40,18 +43,20 @@ fn recorder() -> PrometheusHandle {
     RECORDER.get_or_init(|| metrics_recorder().unwrap()).clone()
 }
 
-/// No other replica to ask.
-#[derive(Debug)]
-struct NoRepair;
-
-impl BlockRepair for NoRepair {
-    fn fetch(&self, _volume: VolumeId, _block: u64, _crc: u32) -> Fetched {
-        Box::pin(std::future::ready(None))
-    }
+/// What a node needs to reach the shards of the cluster.
+fn access() -> Arc<Access> {
+    Arc::new(Access {
+        cluster: "demo".parse().unwrap(),
+        owner: Owner { node: 1, incarnation: 1 },
+        links: Links::default(),
+        shutdown: Shutdown::new(),
+    })
 }
 
 /// A node with a shard of one replica, and its session service on an address of its own.
 pub(super) struct Leader {
+    pub(super) hosted: HostedShard,
+    /// The shard as the node's own clients reach it.
     pub(super) shard: ShardClient,
     pub(super) volume: VolumeId,
     pub(super) address: String,
@@ -76,7 +81,8 @@ impl Leader {
         config.listen.grpc = free.clone();
         config.listen.http = free;
         let replica = Replica::start(config, recorder()).await.unwrap();
-        let shard = replica.shards.values().next().unwrap().clone();
+        let hosted = replica.shards.values().next().unwrap().clone();
+        let shard = hosted.client(access());
         let create = command::encode_create_volume("vol", 256 << 20, "").unwrap();
         let Outcome::VolumeCreated(volume) = shard.run(&create).await.unwrap() else {
             panic!("the volume was there")
@@ -85,24 +91,24 @@ impl Leader {
         let address = listener.local_addr().unwrap().to_string();
         let stop = CancellationToken::new();
         let stopped = stop.clone().cancelled_owned();
-        let service = session_service::service(replica.shards.clone());
+        let service = session_service::service("demo".parse().unwrap(), replica.shards.clone());
         let server = nbd_rpc::server()
             .add_service(service)
             .serve_with_incoming_shutdown(nbd_rpc::incoming(listener), stopped);
         tokio::spawn(server);
-        Self { shard, volume: volume.id, address, replica, stop, _directory: directory }
+        Self { hosted, shard, volume: volume.id, address, replica, stop, _directory: directory }
     }
 
     pub(super) async fn stop(self) {
         self.stop.cancel();
-        drop(self.shard);
+        drop((self.hosted, self.shard));
         self.replica.stop().await.unwrap();
     }
 
     /// Bytes of the volume as the leader has them.
     pub(super) async fn read(&self, offset: u64, len: u64) -> Vec<u8> {
         let query = Query::Read { offset, len, holes: false };
-        let question = read::Question { shard: self.shard.clone(), volume: self.volume, query };
+        let question = Question { shard: self.hosted.clone(), volume: self.volume, query };
         match question.answer().await.unwrap() {
             QueryData::Bytes(data) => data.bytes,
             other => panic!("{other:?}"),
@@ -112,6 +118,7 @@ impl Leader {
 
 /// A node that hosts a follower: it learns of the leader by `route` alone.
 pub(super) struct Follower {
+    pub(super) hosted: HostedShard,
     pub(super) shard: ShardClient,
     pub(super) route: watch::Sender<Route>,
 }
@@ -128,30 +135,19 @@ pub(super) fn route_to(address: &str, term: u64) -> Route {
 
 impl Follower {
     pub(super) fn of(leader: &Leader) -> Self {
-        Self::in_cluster(leader, "demo")
-    }
-
-    pub(super) fn in_cluster(leader: &Leader, cluster: &str) -> Self {
         let route = watch::Sender::new(Route::default());
-        let access = Access {
-            cluster: cluster.parse().unwrap(),
-            owner: Owner { node: 1, incarnation: 1 },
-            links: Links::default(),
-            room: leader.shard.access.room.clone(),
-            repair: Arc::new(NoRepair),
-            shutdown: Shutdown::new(),
-            corrupt: CorruptReads(Counter::noop()),
-        };
-        let group = leader.shard.group.with_route(route.subscribe());
-        Self {
-            shard: ShardClient {
-                group,
-                access: Arc::new(access),
-                attached: AttachedSessions::default(),
-            },
-            route,
-        }
+        let hosted = HostedShard { attached: AttachedSessions::default(), ..leader.hosted.clone() };
+        let (id, replica) = (hosted.group.shard(), Arc::new(hosted.clone()));
+        let shard = ShardClient::new(id, route.subscribe(), Some(replica), access());
+        Self { hosted, shard, route }
     }
+}
+
+/// The shard as a process without replicas reaches it, which learns of the leader by the route.
+pub(super) fn without_replica(leader: &Leader) -> (ShardClient, watch::Sender<Route>) {
+    let route = watch::Sender::new(Route::default());
+    let id = leader.hosted.group.shard();
+    (ShardClient::new(id, route.subscribe(), None, access()), route)
 }
 
 /// A session and the requests made over it.

@@ -1,5 +1,5 @@
-//! One session over one attachment at a time: to this node's group while it leads, else over gRPC
-//! to the node that does.
+//! One session over one attachment at a time: to the replica in this process while it leads, else
+//! over gRPC to the node of the one that does.
 //!
 //! No task of its own: its owner waits in [`SessionClient::wait`] beside whatever else it waits
 //! for, and hands what comes of it to [`SessionClient::take`]. So a mutation at the leader costs no
@@ -8,60 +8,74 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 
 use bytes::Bytes;
 use nbd_session::{Attachment, ClientSession, Query, QueryId, Resend, Verdict};
-use nbd_store::{
-    CommandHeader, Epoch, Extent, Outcome, Rejection, SessionId, VolumeId, decode_all,
-    encode_close_session,
-};
+use nbd_store::{Epoch, Extent, Outcome, Rejection, SessionId, VolumeId, encode_close_session};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use super::local::{Local, Share};
-use super::read::QueryData;
 use super::remote::{self, Remote};
 use super::{
-    ATTEMPT_MAX, Answered, Backoff, CLOSE_MAX, CLOSE_STOPPING_MAX, Failed, ReadData, ShardClient,
-    sleep_until,
+    ATTEMPT_MAX, Answered, Backoff, CLOSE_MAX, CLOSE_STOPPING_MAX, Failed, QueryData, ReadData,
+    ShardClient, sleep_until,
 };
-use crate::group_task::{Answer, GroupHandle, GroupStopped, LeaderAt, Route, RunError};
 use crate::limits::{MUTATIONS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX};
-use crate::reply::Reply;
+use crate::local::{LocalAttachment, LocalReplica, Share};
+use crate::route::{GroupStopped, LeaderAt, Route, RunError};
 
-/// Answers of a group that can be waiting: one for each request under way.
+/// Answers of a replica in this process that can be waiting: one for each request under way.
 const LOCAL_ANSWERS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX;
 
 /// Something that a session's owner asked for has come to an end. `token` is what it was asked
 /// with.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub enum Event {
     /// The log has its verdict on a mutation.
-    Mutation { token: usize, outcome: Outcome },
+    Mutation {
+        /// What it was asked with.
+        token: usize,
+        /// The verdict.
+        outcome: Outcome,
+    },
     /// A mutation was not carried out, as far as the present leader is concerned.
-    Refused { token: usize, failed: Failed },
+    Refused {
+        /// What it was asked with.
+        token: usize,
+        /// Why.
+        failed: Failed,
+    },
     /// The bytes of a read.
-    Read { token: usize, result: Result<ReadData, Failed> },
+    Read {
+        /// What it was asked with.
+        token: usize,
+        /// The bytes, or why there are none.
+        result: Result<ReadData, Failed>,
+    },
     /// A block status.
-    Status { token: usize, result: Result<Vec<Extent>, Failed> },
+    Status {
+        /// What it was asked with.
+        token: usize,
+        /// The extents, or why there are none.
+        result: Result<Vec<Extent>, Failed>,
+    },
 }
 
 /// Why a session cannot go on. What it had under way may or may not have happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum SessionEnd {
+pub enum SessionEnd {
     /// The log does not have it any more, or not for its volume.
     #[error("the session was ended in the log: {0}")]
     Ended(Rejection),
-    /// This node is stopping or has failed.
+    /// This process is stopping or has failed.
     #[error(transparent)]
     Stopped(#[from] GroupStopped),
 }
 
 /// Why an attempt to attach came to nothing.
 #[derive(Debug)]
-pub(crate) enum AttachError {
+pub(super) enum AttachError {
     /// The log says no.
     Rejected(Rejection),
     /// Whoever was asked does not lead, or did not answer.
@@ -71,7 +85,10 @@ pub(crate) enum AttachError {
 
 /// Something has happened; see [`SessionClient::take`].
 #[derive(Debug)]
-pub(crate) enum Signal {
+pub struct Signal(Happened);
+
+#[derive(Debug)]
+enum Happened {
     Answered(Answered),
     /// An attempt to attach has come to its end.
     Attempt(Box<Result<Opened, AttachError>>),
@@ -83,8 +100,8 @@ pub(crate) enum Signal {
 
 /// An attachment that was made.
 #[derive(Debug)]
-pub(crate) enum Opened {
-    Local,
+enum Opened {
+    Local(Box<dyn LocalAttachment>, mpsc::Receiver<Answered>),
     Remote(Remote, mpsc::Receiver<Answered>),
 }
 
@@ -107,7 +124,7 @@ enum State {
         attempt: Attempt,
     },
     Local {
-        local: Local,
+        local: Box<dyn LocalAttachment>,
         answers: mpsc::Receiver<Answered>,
     },
     Remote {
@@ -130,7 +147,7 @@ impl std::fmt::Debug for State {
 
 /// A session of a volume.
 #[derive(Debug)]
-pub(crate) struct SessionClient {
+pub struct SessionClient {
     shard: ShardClient,
     volume: VolumeId,
     session: ClientSession<Ticket>,
@@ -150,8 +167,9 @@ pub(crate) struct SessionClient {
 
 impl SessionClient {
     /// A session that is not open yet. Nothing happens before [`SessionClient::open`].
-    pub(crate) fn new(shard: ShardClient, volume: VolumeId) -> Self {
-        let route = shard.group.route();
+    #[must_use]
+    pub fn new(shard: ShardClient, volume: VolumeId) -> Self {
+        let route = shard.route.clone();
         Self {
             shard,
             volume,
@@ -168,7 +186,10 @@ impl SessionClient {
 
     /// Opens the session; waits for a leader as long as it takes. May be dropped halfway: the
     /// session then has to be [closed](Self::close).
-    pub(crate) async fn open(&mut self) -> Result<(), SessionEnd> {
+    ///
+    /// # Errors
+    /// It never will be open.
+    pub async fn open(&mut self) -> Result<(), SessionEnd> {
         self.attempt();
         while !self.was_attached {
             let signal = self.wait().await;
@@ -178,17 +199,20 @@ impl SessionClient {
     }
 
     /// Its identity.
-    pub(crate) const fn id(&self) -> SessionId {
+    #[must_use]
+    pub const fn id(&self) -> SessionId {
         self.session.id()
     }
 
     /// The epoch that commands made now should have; a later one is put in as needed.
-    pub(crate) const fn epoch(&self) -> Epoch {
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
         self.session.epoch()
     }
 
     /// The volume it is for.
-    pub(crate) const fn volume(&self) -> VolumeId {
+    #[must_use]
+    pub const fn volume(&self) -> VolumeId {
         self.volume
     }
 
@@ -198,7 +222,7 @@ impl SessionClient {
     }
 
     /// See [`ClientSession::reserve`].
-    pub(crate) const fn reserve(&mut self, count: u64) -> u64 {
+    pub const fn reserve(&mut self, count: u64) -> u64 {
         self.session.reserve(count)
     }
 
@@ -207,17 +231,20 @@ impl SessionClient {
         matches!(self.session.attachment(), Attachment::Attached(_))
     }
 
-    /// The group, if it is this node's that the session is attached to: reads may go past the
-    /// session.
-    pub(crate) const fn local_group(&self) -> Option<&GroupHandle> {
+    /// Reads past the session, if it is attached to a replica in this process: see
+    /// [`LocalAttachment::try_read`].
+    pub(crate) fn try_read(&self, offset: u64, len: u64, holes: bool, data: &mut ReadData) -> bool {
         match &self.state {
-            State::Local { local, .. } => Some(&local.shard.group),
-            _ => None,
+            State::Local { local, .. } => local.try_read(offset, len, holes, data),
+            _ => false,
         }
     }
 
     /// Takes a mutation in, to be answered with `token`.
-    pub(crate) async fn submit(
+    ///
+    /// # Errors
+    /// The process is stopping.
+    pub async fn submit(
         &mut self,
         seq: u64,
         command: Bytes,
@@ -230,7 +257,7 @@ impl SessionClient {
     }
 
     /// Takes a query in, to be answered with `token`.
-    pub(crate) fn query(&mut self, query: Query, token: usize) {
+    pub fn query(&mut self, query: Query, token: usize) {
         let (id, now) = self.session.query(query, Ticket { token, share: None });
         if now {
             self.send_query(id, query);
@@ -247,59 +274,60 @@ impl SessionClient {
     pub(crate) fn try_next(&mut self) -> Option<Signal> {
         match &mut self.state {
             State::Local { answers, .. } | State::Remote { answers, .. } => {
-                answers.try_recv().ok().map(Signal::Answered)
+                answers.try_recv().ok().map(|answered| Signal(Happened::Answered(answered)))
             }
             State::Waiting { .. } | State::Attaching { .. } => None,
         }
     }
 
     /// Waits until something happens. May be dropped at any time.
-    pub(crate) async fn wait(&mut self) -> Signal {
+    pub async fn wait(&mut self) -> Signal {
         let route = &mut self.route;
-        match &mut self.state {
+        Signal(match &mut self.state {
             State::Waiting { until } => tokio::select! {
-                changed = route.changed() => Signal::Route(changed.is_ok()),
-                () = sleep_until(*until) => Signal::Woken,
+                changed = route.changed() => Happened::Route(changed.is_ok()),
+                () = sleep_until(*until) => Happened::Woken,
             },
             State::Attaching { attempt, .. } => tokio::select! {
-                opened = attempt => Signal::Attempt(Box::new(opened)),
-                changed = route.changed() => Signal::Route(changed.is_ok()),
+                opened = attempt => Happened::Attempt(Box::new(opened)),
+                changed = route.changed() => Happened::Route(changed.is_ok()),
             },
             State::Local { answers, .. } | State::Remote { answers, .. } => tokio::select! {
-                answered = answers.recv() => Signal::Answered(answered.unwrap_or(Answered::Lost)),
-                changed = route.changed() => Signal::Route(changed.is_ok()),
+                answered = answers.recv() => Happened::Answered(answered.unwrap_or(Answered::Lost)),
+                changed = route.changed() => Happened::Route(changed.is_ok()),
             },
-        }
+        })
     }
 
     /// Takes in what has happened. Not to be dropped halfway.
-    pub(crate) async fn take(&mut self, signal: Signal) -> Result<Option<Event>, SessionEnd> {
-        match signal {
-            Signal::Answered(answered) => return self.answered(answered).await,
-            Signal::Attempt(result) => self.attempted(*result).await?,
-            Signal::Route(true) => self.rerouted(),
-            Signal::Route(false) => return Err(GroupStopped.into()),
-            Signal::Woken => self.attempt(),
+    ///
+    /// # Errors
+    /// The session cannot go on.
+    pub async fn take(&mut self, signal: Signal) -> Result<Option<Event>, SessionEnd> {
+        match signal.0 {
+            Happened::Answered(answered) => return self.answered(answered).await,
+            Happened::Attempt(result) => self.attempted(*result).await?,
+            Happened::Route(true) => self.rerouted(),
+            Happened::Route(false) => return Err(GroupStopped.into()),
+            Happened::Woken => self.attempt(),
         }
         Ok(None)
     }
 
     /// Ends the session in the log, if it can be there; does not wait for that.
-    pub(crate) async fn close(self) {
+    pub async fn close(self) {
         let epoch = self.session.epoch();
         if epoch == Epoch(0) || self.session.attachment() == Attachment::Gone {
             return;
         }
         let command = encode_close_session(self.session.id(), epoch);
-        if let State::Local { local, .. } = &self.state {
-            // Behind all that the session proposed, so the log ends it only after its last
-            // mutation.
-            if local.shard.group.propose(command, Reply::Nobody).await.is_err() {
+        let Self { shard, state, .. } = self;
+        if let State::Local { local, .. } = state {
+            if local.close(command).await.is_err() {
                 debug!("the group stopped before the session was closed");
             }
             return;
         }
-        let Self { shard, state, .. } = self;
         drop(state);
         let shutdown = shard.access.shutdown.clone();
         let stopping = shutdown.started();
@@ -332,8 +360,8 @@ impl SessionClient {
         let (id, volume, to) = (self.session.id(), self.volume, leader.clone());
         let attempt = async move {
             let attach = async move {
-                if to.local {
-                    return open_here(&shard, id, epoch, volume).await;
+                if let Some(replica) = shard.replica_at(&to) {
+                    return open_here(&shard, replica, id, epoch, volume).await;
                 }
                 let attached = remote::attach(shard, to, id, epoch, volume).await;
                 attached.map(|(remote, answers)| Opened::Remote(remote, answers))
@@ -386,15 +414,7 @@ impl SessionClient {
         self.was_attached = true;
         self.has_answered = false;
         self.state = match opened {
-            Opened::Local => {
-                let (sender, answers) = mpsc::channel(LOCAL_ANSWERS_MAX);
-                let presence = Arc::new(self.shard.attached.enter(self.session.id()));
-                let (shard, volume) = (self.shard.clone(), self.volume);
-                State::Local {
-                    local: Local { shard, volume, answers: sender, _presence: presence },
-                    answers,
-                }
-            }
+            Opened::Local(local, answers) => State::Local { local, answers },
             Opened::Remote(remote, answers) => State::Remote { leader, remote, answers },
         };
         for (seq, command) in mutations {
@@ -409,10 +429,7 @@ impl SessionClient {
 
     async fn send_mutation(&mut self, command: Bytes, share: Share) -> Result<(), GroupStopped> {
         match &self.state {
-            State::Local { local, .. } => {
-                let header = header_of(&command);
-                local.mutate(&header, command, share).await?;
-            }
+            State::Local { local, .. } => local.mutate(command, share).await?,
             State::Remote { remote, .. } => remote.mutate(command),
             State::Waiting { .. } | State::Attaching { .. } => {}
         }
@@ -462,16 +479,16 @@ impl SessionClient {
         let Attachment::Attached(epoch) = self.session.attachment() else { return Ok(None) };
         self.has_answered |= answered.is_from_leader();
         match answered {
-            Answered::Mutation { seq, answer: Answer::Outcome(outcome) } => {
+            Answered::Mutation { seq, outcome } => {
                 return self.mutation_answered(epoch, seq, outcome);
             }
-            Answered::Mutation { .. } | Answered::Lost => self.lost(),
-            Answered::Granted { seq, command, share, grant } => {
+            Answered::Lost => self.lost(),
+            Answered::Granted(granted) => {
                 if self.leaving {
-                    return Ok(self.refused(epoch, seq, Failed::Io));
+                    return Ok(self.refused(epoch, granted.seq, Failed::Io));
                 }
                 if let State::Local { local, .. } = &self.state {
-                    local.propose(seq, command, share, grant).await?;
+                    local.propose(granted).await?;
                 }
             }
             Answered::Refused { seq, failed } => return Ok(self.refused(epoch, seq, failed)),
@@ -574,27 +591,23 @@ fn append(data: &mut ReadData, piece: &ReadData, holes: bool) {
     }
 }
 
-/// Opens or resumes the session through this node's group.
+/// Opens or resumes the session through the replica in this process.
 async fn open_here(
     shard: &ShardClient,
+    replica: &dyn LocalReplica,
     id: SessionId,
     epoch: Epoch,
     volume: VolumeId,
 ) -> Result<Opened, AttachError> {
     let command = nbd_store::encode_open_session(id, epoch, volume, shard.access.owner);
-    match shard.group.run(command).await {
-        Ok(Outcome::SessionOpened) => Ok(Opened::Local),
+    match replica.run(command).await {
+        Ok(Outcome::SessionOpened) => {
+            let (sender, answers) = mpsc::channel(LOCAL_ANSWERS_MAX);
+            Ok(Opened::Local(replica.attach(id, volume, sender), answers))
+        }
         Ok(Outcome::Rejected(rejection)) => Err(AttachError::Rejected(rejection)),
         Ok(other) => panic!("{other:?} is not an outcome of opening a session"),
         Err(RunError::NotLeader | RunError::Lost) => Err(AttachError::Elsewhere),
         Err(RunError::Stopped(_)) => Err(AttachError::Stopped),
-    }
-}
-
-/// The header of a command of our own.
-fn header_of(command: &Bytes) -> CommandHeader {
-    match decode_all(command).next() {
-        Some(Ok(decoded)) => decoded.header,
-        other => unreachable!("a command made by this node is none: {other:?}"),
     }
 }
