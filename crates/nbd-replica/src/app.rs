@@ -229,7 +229,11 @@ impl Replica {
             let expiry = config.tuning.session_expiry.get();
             shutdown.spawn(expire_sessions(shard.clone(), expiry));
         }
-        let sessions = session_service::service(access.cluster.clone(), hosted.clone());
+        let sessions = session_service::service(
+            access.cluster.clone(),
+            hosted.clone(),
+            Some(services.addresses()),
+        );
         services.serve(grpc, &config, sessions, &resync, damaged);
 
         let readiness = serve_readiness(&handles, &shutdown);

@@ -150,6 +150,12 @@ impl GroupHandle {
         self.route.clone()
     }
 
+    /// The same group, but with its leader where a test says.
+    #[cfg(test)]
+    pub(crate) fn with_route(&self, route: watch::Receiver<Route>) -> Self {
+        Self { route, ..self.clone() }
+    }
+
     /// Hands a command to the group; waits in turn when the mailbox is full. A replica that does
     /// not lead answers so at once.
     pub(crate) async fn propose(&self, command: Bytes, reply: Reply) -> Result<(), GroupStopped> {

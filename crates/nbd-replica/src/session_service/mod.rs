@@ -4,12 +4,14 @@
 //! is here, that lengths are within their bounds, that commands are whole and every piece of a
 //! payload has its checksum.
 //!
-//! - [`attach`]: one session's stream. [`wire`]: between the types here and those of the protocol.
+//! - [`attach`]: one session's stream. [`watch`]: who follows a shard. [`wire`]: between the types
+//!   here and those of the protocol.
 //! - This file: the calls, and the checks that they share.
 
 mod attach;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod wire;
 
 use std::collections::HashMap;
@@ -25,7 +27,9 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use self::watch::{VIEWS_MAX, WATCHERS_MAX, Watcher};
 use crate::hosted::HostedShard;
+use crate::peers::Addresses;
 
 /// Sessions of other nodes that may be attached here. Each costs a few KiB while it is idle.
 const ATTACHMENTS_MAX: usize = 16_384;
@@ -57,16 +61,23 @@ struct Shared {
     shards: HashMap<ShardId, HostedShard>,
     budget: ByteBudget,
     attachments: Arc<Semaphore>,
+    watchers: Arc<Semaphore>,
+    /// Where nodes are reached. `None`: where they were registered.
+    addresses: Option<Addresses>,
 }
 
 /// The service, to be added to the node's gRPC server.
+///
+/// Watchers are told where nodes are as `addresses` say; without, where they were registered.
 pub(crate) fn service(
     cluster: ClusterName,
     shards: HashMap<ShardId, HostedShard>,
+    addresses: Option<Addresses>,
 ) -> SessionServer<SessionService> {
     let budget = ByteBudget::new(BYTES_MAX);
     let attachments = Arc::new(Semaphore::new(ATTACHMENTS_MAX));
-    let shared = Arc::new(Shared { cluster, shards, budget, attachments });
+    let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
+    let shared = Arc::new(Shared { cluster, shards, budget, attachments, watchers, addresses });
     SessionServer::new(SessionService { shared })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
@@ -216,5 +227,30 @@ impl Session for SessionService {
             Err(error) => Reply::NotLeader(not_looked_up(shard, &error)?),
         };
         Ok(Response::new(v1::ListReply { result: Some(result) }))
+    }
+
+    type WatchStream = ReceiverStream<Result<v1::ShardView, Status>>;
+
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let shard = self.shared.shard(request.into_inner().target.as_ref())?;
+        let Ok(place) = Arc::clone(&self.shared.watchers).try_acquire_owned() else {
+            let what = "watchers of its shards";
+            return Err(Refusal::TooMany { what, limit: WATCHERS_MAX }.into());
+        };
+        let (views, outgoing) = mpsc::channel(VIEWS_MAX);
+        let shutdown = &shard.hosting.shutdown;
+        let watcher = Watcher {
+            group: shard.group.clone(),
+            addresses: self.shared.addresses.clone(),
+            stop: shutdown.token(),
+        };
+        shutdown.spawn(async move {
+            watcher.run(views).await;
+            drop(place);
+        });
+        Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

@@ -91,7 +91,8 @@ impl Leader {
         let address = listener.local_addr().unwrap().to_string();
         let stop = CancellationToken::new();
         let stopped = stop.clone().cancelled_owned();
-        let service = session_service::service("demo".parse().unwrap(), replica.shards.clone());
+        let cluster = "demo".parse().unwrap();
+        let service = session_service::service(cluster, replica.shards.clone(), None);
         let server = nbd_rpc::server()
             .add_service(service)
             .serve_with_incoming_shutdown(nbd_rpc::incoming(listener), stopped);
