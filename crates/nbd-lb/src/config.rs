@@ -1,0 +1,190 @@
+//! Settings of one load balancer: parsed, checked and frozen before any socket opens.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use nbd_service::{ClusterConfig, HostPort, HumanDuration, LogFormat};
+
+/// Command line of `nbd-lb`. Each flag can also be given by the environment variable named.
+#[derive(Debug, Clone, Parser)]
+#[command(
+    name = "nbd-lb",
+    version,
+    about = "Finds the leader of each shard of a cluster and follows it",
+    long_about = "Finds the leader of each shard of a cluster, follows it through failovers, and \
+                  reports at /health whether each can be reached. This version carries no NBD \
+                  traffic: clients attach to a replica."
+)]
+pub struct Args {
+    /// The cluster file. Without it the cluster is taken from NBD_SHARDS.
+    #[arg(long, env = "NBD_CLUSTER_FILE", value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+
+    /// The address meant for NBD clients. Checked; this version does not listen there.
+    #[arg(long, env = "NBD_LB_NBD", default_value = "0.0.0.0:10809", value_name = "ADDR")]
+    pub nbd: HostPort,
+
+    /// Where health and metrics are served.
+    #[arg(long, env = "NBD_LB_HTTP", default_value = "0.0.0.0:8080", value_name = "ADDR")]
+    pub http: HostPort,
+
+    /// How connections are to be carried. This version accepts only `replay`, and carries none.
+    #[arg(long, env = "NBD_LB_MODE", default_value = "replay", value_name = "replay|splice")]
+    pub mode: Mode,
+
+    /// How long a stopping process waits for what is under way. From 0s to 1h.
+    #[arg(long, env = "NBD_SHUTDOWN_DEADLINE", default_value = "10s", value_name = "TIME")]
+    pub shutdown_deadline: HumanDuration,
+
+    /// Log lines as text or as JSON.
+    #[arg(long, env = "NBD_LOG_FORMAT", default_value = "text", value_name = "text|json")]
+    pub log_format: LogFormat,
+
+    /// Check the configuration, print what would be used, and exit.
+    #[arg(long)]
+    pub check_config: bool,
+}
+
+/// How a client's connection is carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// Requests are kept until they are answered, and sent again to the next leader.
+    Replay,
+    /// Bytes are moved within the kernel; the client reconnects by itself.
+    Splice,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Replay => "replay",
+            Self::Splice => "splice",
+        })
+    }
+}
+
+/// Longest that a stopping process may be told to wait.
+const SHUTDOWN_DEADLINE_MAX: Duration = Duration::from_secs(3600);
+
+/// Checked settings of one load balancer.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub(crate) cluster: ClusterConfig,
+    pub(crate) nbd: HostPort,
+    pub(crate) http: HostPort,
+    pub(crate) mode: Mode,
+    pub(crate) shutdown_deadline: Duration,
+}
+
+/// A setting that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidConfig {
+    /// A mode that this version does not have.
+    #[error("--mode is {0}: allowed is replay")]
+    Mode(Mode),
+    /// One address for two listeners.
+    #[error("--nbd and --http are both {0}: give them different addresses")]
+    SameAddress(HostPort),
+    /// A time out of its range.
+    #[error("{name} is {value}: allowed is {allowed}")]
+    TimeOutOfRange {
+        /// The flag.
+        name: &'static str,
+        /// What was given.
+        value: HumanDuration,
+        /// What may be given.
+        allowed: &'static str,
+    },
+}
+
+impl Config {
+    /// Checks the settings against each other. Where `args` say the cluster is has been looked at
+    /// already: `cluster` is what was found.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn new(cluster: ClusterConfig, args: Args) -> Result<Self, InvalidConfig> {
+        let Args { cluster: _, nbd, http, mode, shutdown_deadline, log_format: _, check_config: _ } =
+            args;
+        if mode != Mode::Replay {
+            return Err(InvalidConfig::Mode(mode));
+        }
+        if nbd == http && nbd.port() != 0 {
+            return Err(InvalidConfig::SameAddress(nbd));
+        }
+        if shutdown_deadline.get() > SHUTDOWN_DEADLINE_MAX {
+            let (name, value) = ("--shutdown-deadline", shutdown_deadline);
+            return Err(InvalidConfig::TimeOutOfRange { name, value, allowed: "at most 1h" });
+        }
+        Ok(Self { cluster, nbd, http, mode, shutdown_deadline: shutdown_deadline.get() })
+    }
+}
+
+/// What would be used, for people: the cluster as a `cluster.toml`, then this process's own
+/// settings.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cluster, nbd, http, mode, shutdown_deadline } = self;
+        writeln!(f, "# cluster\n{}", cluster.to_toml().trim_end())?;
+        writeln!(f, "\n# load balancer")?;
+        writeln!(f, "NBD                  {nbd} (not served by this version)")?;
+        writeln!(f, "HTTP                 {http}")?;
+        writeln!(f, "mode                 {mode}")?;
+        writeln!(f, "shutdown-deadline    {}", HumanDuration::new(*shutdown_deadline))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    const CLUSTER: &str = r#"
+        name = "demo"
+        [[nodes]]
+        name = "a"
+        nbd = "127.0.0.1:1"
+        grpc = "127.0.0.1:2"
+        http = "127.0.0.1:3"
+        [[shards]]
+        replicas = ["a"]
+    "#;
+
+    fn config(flags: &[&str]) -> Result<Config, InvalidConfig> {
+        let cluster = ClusterConfig::from_toml(CLUSTER, Path::new("cluster.toml")).unwrap();
+        let args = [&["nbd-lb"], flags].concat();
+        Config::new(cluster, Args::try_parse_from(args).unwrap())
+    }
+
+    #[test]
+    fn the_flags_are_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_would_be_used_is_printed() {
+        let config = config(&["--nbd=127.0.0.1:7", "--http=[::1]:8"]).unwrap();
+        let text = config.to_string();
+        for line in ["name = \"demo\"", "NBD                  127.0.0.1:7 (", "[::1]:8", "replay"] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_refused_by_name() {
+        let error = |flags: &[&str]| config(flags).unwrap_err().to_string();
+        assert_eq!(error(&["--mode=splice"]), "--mode is splice: allowed is replay");
+        let same = error(&["--nbd=127.0.0.1:7", "--http=127.0.0.1:7"]);
+        assert_eq!(same, "--nbd and --http are both 127.0.0.1:7: give them different addresses");
+        assert!(config(&["--nbd=127.0.0.1:0", "--http=127.0.0.1:0"]).is_ok(), "two free ports");
+        let long = error(&["--shutdown-deadline=2h"]);
+        assert_eq!(long, "--shutdown-deadline is 2h: allowed is at most 1h");
+        assert!(Args::try_parse_from(["nbd-lb", "--mode=fast"]).is_err());
+        assert!(Args::try_parse_from(["nbd-lb", "--nbd=somewhere"]).is_err());
+    }
+}

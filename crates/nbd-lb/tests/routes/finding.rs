@@ -1,0 +1,82 @@
+//! The route follows the leader.
+
+use std::time::{Duration, Instant};
+
+use crate::support::{Balancer, cluster, stale_but, toml};
+
+/// Far above what a failover takes, which is measured in release builds: these are debug builds on
+/// machines that do other things.
+const FAILOVER_MAX: Duration = Duration::from_secs(5);
+
+#[test]
+fn the_route_follows_leaders_that_are_killed_and_come_back() {
+    let mut cluster = cluster();
+    let balancer = Balancer::of(&toml(&cluster));
+    let mut term = 0;
+    for _ in 0..3 {
+        balancer.wait_streams(3);
+        let leader = cluster.wait_leader();
+        let route = balancer.wait_leader(cluster.at(leader));
+        assert!(route.term.0 > term, "{route:?}");
+        term = route.term.0;
+        let (host, port) = cluster.at(leader).grpc_address();
+        assert_eq!(route.leader.unwrap().grpc, format!("{host}:{port}"));
+
+        let killed = Instant::now();
+        cluster.at_mut(leader).kill_9();
+        let next = balancer.wait_route("to another", |route| {
+            let lost = cluster.at(leader).name();
+            route.leader.as_ref().is_some_and(|leader| leader.node.as_str() != lost)
+        });
+        assert!(killed.elapsed() < FAILOVER_MAX, "{:?}", killed.elapsed());
+        assert!(next.term.0 > term);
+        cluster.at_mut(leader).start();
+        cluster.wait_until_serving();
+    }
+    balancer.stop();
+}
+
+#[test]
+fn a_frozen_leader_is_left_as_soon_as_there_is_another() {
+    let mut cluster = cluster();
+    let balancer = Balancer::of(&toml(&cluster));
+    let leader = cluster.wait_leader();
+    balancer.wait_leader(cluster.at(leader));
+    balancer.wait_streams(3);
+    cluster.at_mut(leader).pause();
+    let paused = Instant::now();
+    balancer.wait_route("to another", |route| {
+        let lost = cluster.at(leader).name();
+        route.leader.as_ref().is_some_and(|leader| leader.node.as_str() != lost)
+    });
+    assert!(paused.elapsed() < FAILOVER_MAX, "{:?}", paused.elapsed());
+    cluster.at_mut(leader).resume();
+    balancer.wait_streams(3);
+}
+
+// Goal: what is configured is where to begin, and no more.
+// Method: all addresses but one lead nowhere; then the node at the right one is killed. The others
+// were learnt from it, and through them the route is kept current, and the node found again.
+#[test]
+fn one_configured_address_that_is_right_is_enough() {
+    let mut cluster = cluster();
+    for right in 0..2 {
+        let balancer = Balancer::of(&stale_but(&mut cluster, right));
+        balancer.wait_streams(3);
+        for _ in 0..2 {
+            let leader = cluster.wait_leader();
+            balancer.wait_leader(cluster.at(leader));
+            cluster.at_mut(right).kill_9();
+            let leader = cluster.wait_leader();
+            assert_ne!(leader, right);
+            let route = balancer.wait_leader(cluster.at(leader));
+            let (host, port) = cluster.at(leader).grpc_address();
+            assert_eq!(route.leader.unwrap().grpc, format!("{host}:{port}"));
+            balancer.wait_streams(2);
+            cluster.at_mut(right).start();
+            cluster.wait_until_serving();
+            balancer.wait_streams(3);
+        }
+        balancer.stop();
+    }
+}
