@@ -106,8 +106,7 @@ impl Config {
     /// # Errors
     /// The first rule that is broken.
     pub fn new(cluster: ClusterConfig, args: Args) -> Result<Self, InvalidConfig> {
-        let Args { cluster: _, nbd, http, mode, shutdown_deadline, log_format: _, check_config: _ } =
-            args;
+        let Args { nbd, http, mode, shutdown_deadline, .. } = args;
         if mode != Mode::Replay {
             return Err(InvalidConfig::Mode(mode));
         }

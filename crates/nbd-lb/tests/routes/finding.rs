@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::{Balancer, cluster, stale_but, toml};
+use nbd_testkit::Cluster;
+use nbd_topology::ShardId;
+
+use crate::support::{Balancer, SHARD, cluster, stale_but, start, toml};
 
 /// Far above what a failover takes, which is measured in release builds: these are debug builds on
 /// machines that do other things.
@@ -79,4 +82,37 @@ fn one_configured_address_that_is_right_is_enough() {
         }
         balancer.stop();
     }
+}
+
+#[test]
+fn a_leader_that_hands_over_takes_the_route_along() {
+    let mut cluster = cluster();
+    let balancer = Balancer::of(&toml(&cluster));
+    balancer.wait_streams(3);
+    let leader = cluster.wait_leader();
+    let before = balancer.wait_leader(cluster.at(leader));
+    assert!(cluster.at_mut(leader).terminate().success());
+    let after = balancer.wait_reached_elsewhere(SHARD, cluster.at(leader).name());
+    assert!(after.term > before.term);
+    balancer.stop();
+}
+
+// Goal: shards are followed each for itself, over connections that they share.
+// Method: of two shards on the same nodes, whichever node leads the first one dies.
+#[test]
+fn shards_that_share_nodes_are_followed_each_for_itself() {
+    let nodes: &[&str] = &["nbd-1-1", "nbd-1-2", "nbd-1-3"];
+    let mut cluster = start(Cluster::builder().shards(&[nodes, nodes]));
+    let balancer = Balancer::of(&toml(&cluster));
+    for _ in 0..3 {
+        let leader = cluster.wait_leader();
+        balancer.wait_leader(cluster.at(leader));
+        cluster.at_mut(leader).kill_9();
+        for shard in [ShardId(0), ShardId(1)] {
+            balancer.wait_reached_elsewhere(shard, cluster.at(leader).name());
+        }
+        cluster.at_mut(leader).start();
+        cluster.wait_until_serving();
+    }
+    balancer.stop();
 }

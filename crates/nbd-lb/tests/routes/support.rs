@@ -10,7 +10,7 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use nbd_lb::{Args, Config, LoadBalancer, Route};
 use nbd_service::ClusterConfig;
 use nbd_testkit::http::{self, Response};
-use nbd_testkit::{Cluster, NodeProcess};
+use nbd_testkit::{Cluster, ClusterBuilder, NodeProcess};
 use nbd_topology::ShardId;
 use tokio::runtime::Runtime;
 
@@ -21,8 +21,12 @@ pub(crate) const SHARD: ShardId = ShardId(0);
 
 /// Three replicas that serve.
 pub(crate) fn cluster() -> Cluster {
-    let mut cluster = Cluster::builder()
-        .replicas(3)
+    start(Cluster::builder().replicas(3))
+}
+
+/// A cluster that serves, with logs of a size for tests.
+pub(crate) fn start(builder: ClusterBuilder) -> Cluster {
+    let mut cluster = builder
         .argument("--log-segment-bytes=4MiB")
         .argument("--log-bytes-max=32MiB")
         .argument("--checkpoint-log-bytes=4MiB")
@@ -73,6 +77,22 @@ impl Balancer {
         self.wait_route(&format!("to {name}"), |route| {
             route.leader.as_ref().is_some_and(|leader| leader.node.as_str() == name)
         })
+    }
+
+    /// Waits until the shard's leader is reached, on another node than this one.
+    #[track_caller]
+    pub(crate) fn wait_reached_elsewhere(&self, shard: ShardId, node: &str) -> Route {
+        let mut status = self.balancer().finder().status(shard).unwrap();
+        let reached = self.runtime.block_on(async {
+            let elsewhere = status.wait_for(|status| {
+                let leader = status.route.leader.as_ref();
+                status.reached && leader.is_some_and(|leader| leader.node.as_str() != node)
+            });
+            let reached = tokio::time::timeout(DEADLINE, elsewhere).await;
+            reached.map(|status| status.unwrap().route.clone())
+        });
+        let now = self.balancer().finder().status(shard).unwrap();
+        reached.unwrap_or_else(|_| panic!("not reached elsewhere: {:?}", *now.borrow()))
     }
 
     /// Waits until streams from so many nodes are open.
