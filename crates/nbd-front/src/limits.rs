@@ -29,6 +29,10 @@ pub const INLINE_READ_BYTES_MAX: u64 = 128 << 10;
 /// Time a client has to finish the handshake, counted from the connection (CVE-2024-7409).
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Time for a shard to tell its volumes to a client that lists them. Several failovers long, and
+/// well below [`HANDSHAKE_DEADLINE`].
+pub const LIST_MAX: Duration = Duration::from_secs(3);
+
 /// A client that takes less than [`OUTPUT_PROGRESS_BYTES`] of its waiting replies for this long is
 /// disconnected.
 pub const OUTPUT_STALL_MAX: Duration = Duration::from_secs(60);

@@ -5,24 +5,26 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
-use nbd_service::{ClusterConfig, HostPort, HumanDuration, LogFormat};
+use nbd_front::{InvalidDefaultSize, VolumesConfig};
+use nbd_service::{ByteSize, ClusterConfig, HostPort, HumanDuration, LogFormat};
 
 /// Command line of `nbd-lb`. Each flag can also be given by the environment variable named.
 #[derive(Debug, Clone, Parser)]
 #[command(
     name = "nbd-lb",
     version,
-    about = "Finds the leader of each shard of a cluster and follows it",
-    long_about = "Finds the leader of each shard of a cluster, follows it through failovers, and \
-                  reports at /health whether each can be reached. This version carries no NBD \
-                  traffic: clients attach to a replica."
+    about = "One address for all volumes of a cluster",
+    long_about = "One address for all volumes of a cluster. Clients attach here by the name of a \
+                  volume; their requests go to the leader of its shard, and when that is lost or \
+                  moves, to the next one: a client sees a pause, never an error or a disconnect. \
+                  Any number of load balancers may run."
 )]
 pub struct Args {
     /// The cluster file. Without it the cluster is taken from NBD_SHARDS.
     #[arg(long, env = "NBD_CLUSTER_FILE", value_name = "FILE")]
     pub cluster: Option<PathBuf>,
 
-    /// The address meant for NBD clients. Checked; this version does not listen there.
+    /// Where NBD clients attach.
     #[arg(long, env = "NBD_LB_NBD", default_value = "0.0.0.0:10809", value_name = "ADDR")]
     pub nbd: HostPort,
 
@@ -30,9 +32,20 @@ pub struct Args {
     #[arg(long, env = "NBD_LB_HTTP", default_value = "0.0.0.0:8080", value_name = "ADDR")]
     pub http: HostPort,
 
-    /// How connections are to be carried. This version accepts only `replay`, and carries none.
+    /// How connections are carried. This version has `replay` only: requests are kept until they
+    /// are answered, and sent again to the next leader.
     #[arg(long, env = "NBD_LB_MODE", default_value = "replay", value_name = "replay|splice")]
     pub mode: Mode,
+
+    /// Connections served at the same time. Minimum 1.
+    #[arg(long, env = "NBD_CONNECTIONS_MAX", default_value_t = 4096, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub connections_max: u32,
+
+    /// Bytes of requests that all connections together may hold. Past it no further request is read
+    /// until others are answered. From 64MiB to 4GiB.
+    #[arg(long, env = "NBD_REQUEST_BYTES_MAX", default_value = "96MiB", value_name = "SIZE")]
+    pub request_bytes_max: ByteSize,
 
     /// How long a stopping process waits for what is under way. From 0s to 1h.
     #[arg(long, env = "NBD_SHUTDOWN_DEADLINE", default_value = "10s", value_name = "TIME")]
@@ -65,6 +78,9 @@ impl fmt::Display for Mode {
     }
 }
 
+/// What `--request-bytes-max` may be: the largest request must fit.
+const REQUEST_BYTES: std::ops::Range<u64> = 64 << 20..4 << 30;
+
 /// Longest that a stopping process may be told to wait.
 const SHUTDOWN_DEADLINE_MAX: Duration = Duration::from_secs(3600);
 
@@ -75,6 +91,9 @@ pub struct Config {
     pub(crate) nbd: HostPort,
     pub(crate) http: HostPort,
     pub(crate) mode: Mode,
+    pub(crate) connections_max: u32,
+    pub(crate) request_bytes_max: ByteSize,
+    pub(crate) volumes: VolumesConfig,
     pub(crate) shutdown_deadline: Duration,
 }
 
@@ -87,6 +106,12 @@ pub enum InvalidConfig {
     /// One address for two listeners.
     #[error("--nbd and --http are both {0}: give them different addresses")]
     SameAddress(HostPort),
+    /// A bound of the bytes held that is out of its range.
+    #[error("--request-bytes-max is {0}: allowed is 64MiB to below 4GiB")]
+    RequestBytes(ByteSize),
+    /// A size that no volume can have.
+    #[error(transparent)]
+    DefaultSize(#[from] InvalidDefaultSize),
     /// A time out of its range.
     #[error("{name} is {value}: allowed is {allowed}")]
     TimeOutOfRange {
@@ -106,7 +131,8 @@ impl Config {
     /// # Errors
     /// The first rule that is broken.
     pub fn new(cluster: ClusterConfig, args: Args) -> Result<Self, InvalidConfig> {
-        let Args { nbd, http, mode, shutdown_deadline, .. } = args;
+        let Args { nbd, http, mode, connections_max, request_bytes_max, shutdown_deadline, .. } =
+            args;
         if mode != Mode::Replay {
             return Err(InvalidConfig::Mode(mode));
         }
@@ -117,7 +143,21 @@ impl Config {
             let (name, value) = ("--shutdown-deadline", shutdown_deadline);
             return Err(InvalidConfig::TimeOutOfRange { name, value, allowed: "at most 1h" });
         }
-        Ok(Self { cluster, nbd, http, mode, shutdown_deadline: shutdown_deadline.get() })
+        if !REQUEST_BYTES.contains(&request_bytes_max.bytes()) {
+            return Err(InvalidConfig::RequestBytes(request_bytes_max));
+        }
+        let volumes = VolumesConfig::new(cluster.volumes())?;
+        let shutdown_deadline = shutdown_deadline.get();
+        Ok(Self {
+            cluster,
+            nbd,
+            http,
+            mode,
+            connections_max,
+            request_bytes_max,
+            volumes,
+            shutdown_deadline,
+        })
     }
 }
 
@@ -125,12 +165,15 @@ impl Config {
 /// settings.
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { cluster, nbd, http, mode, shutdown_deadline } = self;
+        let Self { cluster, nbd, http, mode, shutdown_deadline, .. } = self;
+        let Self { connections_max, request_bytes_max, .. } = self;
         writeln!(f, "# cluster\n{}", cluster.to_toml().trim_end())?;
         writeln!(f, "\n# load balancer")?;
-        writeln!(f, "NBD                  {nbd} (not served by this version)")?;
+        writeln!(f, "NBD                  {nbd}")?;
         writeln!(f, "HTTP                 {http}")?;
         writeln!(f, "mode                 {mode}")?;
+        writeln!(f, "connections-max      {connections_max}")?;
+        writeln!(f, "request-bytes-max    {request_bytes_max}")?;
         writeln!(f, "shutdown-deadline    {}", HumanDuration::new(*shutdown_deadline))
     }
 }
@@ -169,7 +212,7 @@ mod tests {
     fn what_would_be_used_is_printed() {
         let config = config(&["--nbd=127.0.0.1:7", "--http=[::1]:8"]).unwrap();
         let text = config.to_string();
-        for line in ["name = \"demo\"", "NBD                  127.0.0.1:7 (", "[::1]:8", "replay"] {
+        for line in ["name = \"demo\"", "NBD                  127.0.0.1:7\n", "[::1]:8", "replay"] {
             assert!(text.contains(line), "{line}: {text}");
         }
     }
@@ -181,6 +224,8 @@ mod tests {
         let same = error(&["--nbd=127.0.0.1:7", "--http=127.0.0.1:7"]);
         assert_eq!(same, "--nbd and --http are both 127.0.0.1:7: give them different addresses");
         assert!(config(&["--nbd=127.0.0.1:0", "--http=127.0.0.1:0"]).is_ok(), "two free ports");
+        let small = error(&["--request-bytes-max=1MiB"]);
+        assert_eq!(small, "--request-bytes-max is 1MiB: allowed is 64MiB to below 4GiB");
         let long = error(&["--shutdown-deadline=2h"]);
         assert_eq!(long, "--shutdown-deadline is 2h: allowed is at most 1h");
         assert!(Args::try_parse_from(["nbd-lb", "--mode=fast"]).is_err());

@@ -6,7 +6,7 @@
 //!  node ══ShardView══▶ follower ──────────────────┘          (Routes)  ──status─▶ watch
 //!
 //!  task         ends when                                then
-//!  shard task   shutdown begins                          its followers end
+//!  shard task   it is told to stop                       its followers end
 //!  follower     its shard task ends, or forgets it       its stream is closed
 //! ```
 //!
@@ -16,9 +16,10 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use nbd_front::Route;
 use nbd_rpc::identity::{node_name, replica_id};
 use nbd_rpc::{InvalidAddress, Refusal, is_refusal, reason, v1};
-use nbd_service::{ClusterConfig, Shutdown};
+use nbd_service::ClusterConfig;
 use nbd_topology::{ClusterName, ShardId, Term};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -28,7 +29,7 @@ use tracing::{debug, info, warn};
 
 use crate::links::Links;
 use crate::metrics::ShardMetrics;
-use crate::routes::{Place, Route, Routes, View};
+use crate::routes::{Place, Routes, View};
 
 /// First wait before a stream that was lost, or did not come about, is opened again; doubled each
 /// time up to [`BACKOFF_MAX`], and shortened by up to a half at random.
@@ -74,8 +75,9 @@ pub struct ShardStatus {
 }
 
 impl Finder {
-    /// Starts to look for the leaders of `cluster`, until the shutdown begins.
-    pub fn start(cluster: &ClusterConfig, shutdown: &Shutdown) -> Self {
+    /// Starts to look for the leaders of `cluster`, until `stop` is cancelled: not before the last
+    /// session has ended, for a session is closed by its leader.
+    pub fn start(cluster: &ClusterConfig, stop: &CancellationToken) -> Self {
         let links = Links::default();
         let shards = cluster.shard_map().shards();
         let shards = shards.map(|(shard, nodes)| {
@@ -83,7 +85,7 @@ impl Finder {
             let configured = nodes.map(|node| node.addresses.grpc.to_string());
             let routes = Routes::new(configured);
             let (task, finder) = ShardTask::new(cluster.name(), shard, routes, links.clone());
-            shutdown.spawn(task.run(shutdown.token()));
+            tokio::spawn(task.run(stop.clone()));
             finder
         });
         Self { shards: shards.collect() }
@@ -206,7 +208,7 @@ impl ShardTask {
 
     fn tell_move(&self) {
         self.metrics.moved();
-        let Route { term, leader } = self.routes.route();
+        let Route { term, leader, .. } = self.routes.route();
         match leader {
             Some(leader) => info!(shard = %self.shard, %term, leader = %leader.node,
                                   at = leader.grpc, "route"),

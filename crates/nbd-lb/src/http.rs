@@ -84,10 +84,10 @@ fn why(status: &ShardStatus) -> String {
 
 #[cfg(test)]
 mod tests {
+    use nbd_front::{LeaderAt, Route};
     use nbd_topology::{ReplicaId, ShardId, Term};
 
     use super::*;
-    use crate::routes::{LeaderAt, Route};
 
     fn status(led: bool, reached: bool, streams: usize) -> ShardStatus {
         let leader = LeaderAt {
@@ -96,7 +96,7 @@ mod tests {
             grpc: "n2:7400".to_owned(),
             local: false,
         };
-        let route = Route { term: Term(4), leader: led.then_some(leader) };
+        let route = Route { term: Term(4), leader: led.then_some(leader), serving: false };
         ShardStatus { shard: ShardId(1), route, reached, contacts: 3, streams }
     }
 

@@ -1,12 +1,20 @@
-//! The load balancer: finds the leader of every shard, and follows it.
+//! The load balancer: one address for all volumes, whoever leads their shards.
 //!
-//! It keeps nothing on disk and decides nothing: any number of them run side by side. It carries no
-//! NBD traffic yet.
+//! It keeps nothing on disk and decides nothing: any number of them run side by side, and all send
+//! a name to the same shard. What it serves NBD with is [`nbd_front`], as the replicas do; what is
+//! its own is to know where the leaders are.
 //!
 //! ```text
-//!  nbd-replica ══ShardView (gRPC stream)══▶ finder ──views──▶ routes ──Route (watch)──▶ /health
-//!   (each node that has a replica)          tasks             pure
+//!  NBD client ──▶ nbd-front ═══ session (gRPC stream) ═══▶ nbd-replica that leads the shard
+//!                     ▲
+//!                     │ Route (watch)
+//!                  routes ◀──views── finder ◀══ShardView (gRPC stream)══ nbd-replica, each of them
+//!                   pure              tasks
 //! ```
+//!
+//! A client's requests are kept until they are answered. When the leader is lost or moves, its
+//! session is resumed at the next one: what was applied is answered, the rest is sent again, in
+//! order. With no majority the client waits. It sees neither an error nor a disconnect.
 //!
 //! - [`config`]: settings, checked before any socket opens.
 //! - [`routes`]: [`Routes`], which route follows from what each node last said. No clock, no I/O.
@@ -25,4 +33,4 @@ pub mod routes;
 pub use app::{LoadBalancer, StartError};
 pub use config::{Args, Config, InvalidConfig, Mode};
 pub use finder::{Finder, ShardStatus};
-pub use routes::{LeaderAt, Route, Routes};
+pub use routes::Routes;

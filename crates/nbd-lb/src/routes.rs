@@ -19,36 +19,13 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use nbd_front::{LeaderAt, Route};
 use nbd_topology::{NodeName, ReplicaId, Term};
 
 /// Contacts of one shard. A shard has at most 7 replicas by configuration, and a few more while
 /// they are replaced; each may be known by its configured address and by another from each of the
 /// others. Past it, addresses that are told are not learnt.
 pub const CONTACTS_MAX: usize = 64;
-
-/// Where a shard's leader is, as far as is known.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Route {
-    /// Term in which it leads; without a leader, the highest that is known of. It may fall: when a
-    /// cluster is made anew, or when the only node that knew the higher one is gone.
-    pub term: Term,
-    /// The leader, if one is known.
-    pub leader: Option<LeaderAt>,
-}
-
-/// A leader and how to reach it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeaderAt {
-    /// Its replica.
-    pub replica: ReplicaId,
-    /// Its node.
-    pub node: NodeName,
-    /// Where its gRPC is, as host:port: where its own stream comes from, or came from, else as
-    /// others say.
-    pub grpc: String,
-    /// Whether it is in this process; never, for a load balancer.
-    pub local: bool,
-}
 
 /// A replica and where its node's gRPC is, as a node says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -204,10 +181,10 @@ impl Routes {
         let bygone = known < Some(now.term);
         match best {
             Some(Claim { term, own, leader }) if term >= now.term || !stands || (own && bygone) => {
-                Route { term, leader: Some(leader) }
+                Route { term, leader: Some(leader), serving: false }
             }
             _ if stands => now.clone(),
-            _ => Route { term: known.unwrap_or(now.term), leader: None },
+            _ => Route { term: known.unwrap_or(now.term), leader: None, serving: false },
         }
     }
 

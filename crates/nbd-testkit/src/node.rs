@@ -55,6 +55,12 @@ pub struct Target {
 }
 
 impl Target {
+    /// Something else that serves NBD at this port of 127.0.0.1, and is never ended: no connection
+    /// to it may be lost.
+    pub fn lasting(name: &str, port: u16) -> Self {
+        Self { name: name.to_owned(), port, endings: Arc::default() }
+    }
+
     /// The node's name.
     pub fn name(&self) -> &str {
         &self.name

@@ -12,11 +12,12 @@ use nbd_store::{Outcome, VolumeInfo, command};
 use nbd_topology::{DEFAULT_VOLUME_NAME, shard_of};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use super::Front;
 use super::session::{self, Attached};
-use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES};
+use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES, LIST_MAX};
 use crate::route::GroupStopped;
 use crate::shard_client::{SessionClient, SessionEnd, ShardClient};
 
@@ -126,16 +127,24 @@ fn shard_client<'a>(front: &'a Front, name: &str) -> Option<&'a ShardClient> {
     front.shards.get(&shard_of(name.as_bytes(), front.shard_count))
 }
 
-/// The exports of all shards.
+/// The exports of all shards that answer in time. The others are left out: a client that lists has
+/// no use for none at all.
 async fn list(front: &Front) -> Vec<(ExportName, String)> {
+    let mut asked = JoinSet::new();
+    for (&id, shard) in &front.shards {
+        let shard = shard.clone();
+        asked.spawn(async move { (id, tokio::time::timeout(LIST_MAX, shard.volumes()).await) });
+    }
     let mut exports = Vec::new();
-    for shard in front.shards.values() {
-        // A shard whose group has stopped has nothing to offer.
-        for volume in shard.volumes().await.unwrap_or_default() {
-            if let Ok(name) = ExportName::from_bytes(volume.name.as_bytes()) {
-                exports.push((name, volume.description.to_string()));
-            }
-        }
+    while let Some(Ok((shard, answer))) = asked.join_next().await {
+        let Ok(Ok(volumes)) = answer else {
+            warn!(%shard, "does not answer: its exports are not listed");
+            continue;
+        };
+        exports.extend(volumes.iter().filter_map(|volume| {
+            let name = ExportName::from_bytes(volume.name.as_bytes()).ok()?;
+            Some((name, volume.description.to_string()))
+        }));
     }
     exports.sort_by(|(a, _), (b, _)| a.as_str().cmp(b.as_str()));
     exports

@@ -41,11 +41,12 @@ fn routes() -> Routes {
 /// `leader`, at the address given.
 fn to(term: u64, n: u64, grpc: &str) -> Route {
     let Place { replica, node, grpc } = place_at(n, grpc);
-    Route { term: Term(term), leader: Some(LeaderAt { replica, node, grpc, local: false }) }
+    let leader = Some(LeaderAt { replica, node, grpc, local: false });
+    Route { term: Term(term), leader, serving: false }
 }
 
 fn nowhere(term: u64) -> Route {
-    Route { term: Term(term), leader: None }
+    Route { term: Term(term), leader: None, serving: false }
 }
 
 /// One step of a story, and the route behind it.

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use clap::Parser as _;
 use metrics_exporter_prometheus::PrometheusBuilder;
-use nbd_lb::{Args, Config, LoadBalancer, Route};
+use nbd_front::Route;
+use nbd_lb::{Args, Config, LoadBalancer};
 use nbd_service::ClusterConfig;
 use nbd_testkit::http::{self, Response};
-use nbd_testkit::{Cluster, ClusterBuilder, NodeProcess};
+use nbd_testkit::{Cluster, ClusterBuilder, NodeProcess, Target};
 use nbd_topology::ShardId;
 use tokio::runtime::Runtime;
 
@@ -104,6 +105,11 @@ impl Balancer {
             tokio::time::timeout(DEADLINE, found).await.is_ok()
         });
         assert!(found, "{:?}", self.balancer().finder().status(SHARD).unwrap().borrow());
+    }
+
+    /// Where clients attach.
+    pub(crate) fn target(&self) -> Target {
+        Target::lasting("lb", self.balancer().nbd_address().port())
     }
 
     pub(crate) fn get(&self, path: &str) -> Response {
