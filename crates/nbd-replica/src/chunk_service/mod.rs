@@ -100,20 +100,24 @@ impl ChunkService {
         Ok(Call { reader, from, permit })
     }
 
-    /// The snapshot of a checkpoint that covers `at_least` and knows the replica `from`.
+    /// The snapshot of a checkpoint that covers `at_least`, and knows the replica that asks. If it
+    /// is to be `fresh`, it covers all that is applied by now, as far as there is room for that.
     async fn recent_snapshot(
         &self,
         call: &Call,
         at_least: LogIndex,
+        fresh: bool,
     ) -> Result<nbd_store::ShardSnapshot, Status> {
+        let mut wanted = if fresh { call.reader.applied().max(at_least) } else { at_least };
         for attempt in 0..2 {
             let reader = call.reader.clone();
             let snapshot = blocking(move || reader.snapshot()).await?;
-            if snapshot.applied >= at_least && snapshot.membership.contains(call.from) {
+            if snapshot.applied >= wanted && snapshot.membership.contains(call.from) {
                 return Ok(snapshot);
             }
             if attempt == 0 {
                 self.parts.checkpoints.attempt().await;
+                wanted = at_least;
             }
         }
         let from = call.from;
@@ -167,9 +171,9 @@ impl Chunks for ChunkService {
         &self,
         request: Request<v1::SnapshotRequest>,
     ) -> Result<Response<v1::SnapshotReply>, Status> {
-        let v1::SnapshotRequest { to, at_least, since } = request.into_inner();
+        let v1::SnapshotRequest { to, at_least, since, fresh } = request.into_inner();
         let call = self.admit(to)?;
-        let snapshot = self.recent_snapshot(&call, LogIndex(at_least)).await?;
+        let snapshot = self.recent_snapshot(&call, LogIndex(at_least), fresh).await?;
         let (reader, permit) = (call.reader, call.permit);
         let (chunks, bytes) = blocking(move || {
             let _permit = permit;

@@ -247,7 +247,7 @@ impl<G: ResyncGroup> ResyncDriver<G> {
                 Ok(Got::Checkpoint { applied: self.at_home().await? })
             }
             Want::Snapshot { since } => {
-                let (snapshot, bytes) = source.snapshot(offer.snapshot.index, since).await?;
+                let (snapshot, bytes) = source.snapshot(offer.snapshot.index, since, true).await?;
                 self.meter.expect(bytes);
                 Ok(Got::Snapshot { snapshot: Box::new(snapshot) })
             }

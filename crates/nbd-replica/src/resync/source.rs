@@ -112,15 +112,16 @@ impl ChunkSource {
         Some(self.to.clone())
     }
 
-    /// The state of a checkpoint that covers `at_least`, and the bytes in chunks that changed after
-    /// `since`.
+    /// The state of a checkpoint that covers `at_least` and, if it is to be `fresh`, all that the
+    /// source has applied by now; and the bytes in chunks that changed after `since`.
     pub(crate) async fn snapshot(
         &self,
         at_least: LogIndex,
         since: LogIndex,
+        fresh: bool,
     ) -> Result<(ShardSnapshot, u64), SourceError> {
         let (at_least, since) = (at_least.0, since.0);
-        let request = v1::SnapshotRequest { to: self.address(), at_least, since };
+        let request = v1::SnapshotRequest { to: self.address(), at_least, since, fresh };
         let request = within(SNAPSHOT_DEADLINE, request);
         let reply = self.client.clone().snapshot(request).await?.into_inner();
         let bytes = reply.delta_bytes;

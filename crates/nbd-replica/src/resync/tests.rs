@@ -246,6 +246,22 @@ async fn resync(driver: &ResyncDriver<FakeGroup>, offer: Offer) -> u64 {
     driver.meter.end().received
 }
 
+// Goal: chunks are fetched as they are by now. As of the source's last checkpoint they would be
+// fetched once more after its next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_source_has_not_brought_home_yet_is_fetched_once() {
+    let (mut source, receiver) = (Node::new(1), Node::new(2));
+    let volume = source.create_volume();
+    source.write(volume, 0..80, 0);
+    let (address, _stop) = source.serve().await;
+    let offer = source.offer(1, address).await;
+    source.write(volume, 0..80, 100);
+    let (driver, _) = receiver.driver(0);
+    assert_eq!(resync(&driver, offer).await, 80 * CHUNK);
+    assert_eq!(receiver.reader.applied(), source.reader.applied());
+    assert!(receiver.content(volume) == source.content(volume));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_replica_gets_everything_and_later_only_what_changed() {
     let (mut source, receiver) = (Node::new(1), Node::new(2));
