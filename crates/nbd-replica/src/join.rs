@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nbd_rpc::error::Refusal;
 use nbd_rpc::identity::replica_id;
-use nbd_rpc::v1;
+use nbd_rpc::{v1, within};
 use nbd_store::Formation;
 use nbd_topology::{LogIndex, ReplicaId, ShardId};
 use parking_lot::Mutex;
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::formation::{AdminPeers, Former, Oneself, record_from_wire, within};
+use crate::formation::{AdminPeers, Former, Oneself, record_from_wire};
 use crate::group_task::GroupHandle;
 use crate::resync::ResyncProgress;
 use crate::scrub::Comparer;

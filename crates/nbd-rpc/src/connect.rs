@@ -1,5 +1,7 @@
 //! Connections between nodes, all with the same settings.
 
+use std::time::Duration;
+
 use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Endpoint, Server};
@@ -37,6 +39,13 @@ pub fn channel(address: &str) -> Result<Endpoint, InvalidAddress> {
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true))
+}
+
+/// A call with a deadline.
+pub fn within<T>(deadline: Duration, message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(deadline);
+    request
 }
 
 /// A server to add services to. Each gets [`MESSAGE_BYTES_MAX`](crate::MESSAGE_BYTES_MAX) as both

@@ -6,17 +6,20 @@
 //!
 //! - [`v1`]: the generated code.
 //! - [`connect`]: [`channel`], [`server`] and [`incoming`], with one set of HTTP/2 settings.
+//!   [`channels`]: connections that are kept.
 //! - [`identity`]: protocol version, cluster, node, directory and replica, checked alike.
 //! - [`error`]: [`Refusal`], what a service tells a caller that it turns away, and [`reason`], why
 //!   a call failed.
 //! - [`limits`]: sizes and times.
 
+pub mod channels;
 pub mod connect;
 pub mod error;
 pub mod identity;
 pub mod limits;
 
-pub use connect::{InvalidAddress, channel, incoming, server};
+pub use channels::Channels;
+pub use connect::{InvalidAddress, channel, incoming, server, within};
 pub use error::{Refusal, is_refusal, reason};
 pub use limits::MESSAGE_BYTES_MAX;
 

@@ -15,7 +15,7 @@
 //! - [`http`]: GET, for probes and metrics.
 //! - [`tools`]: finding programs, and skipping tests that need a missing one ([`require_tools!`]).
 //! - [`Ext4Image`]: an ext4 image with known files, and a check of one.
-//! - [`process`]: memory use and signals, by process id. [`seed`]: of random tests.
+//! - [`process`]: memory use and signals, by process id. [`seed()`]: of random tests.
 
 pub mod chaos;
 pub mod history;

@@ -14,10 +14,10 @@ use nbd_consensus::Role;
 use nbd_front::Route;
 use nbd_rpc::error::Refusal;
 use nbd_rpc::identity::{check_cluster, node_name, replica_id};
-use nbd_rpc::v1;
 use nbd_rpc::v1::admin_client::AdminClient;
 use nbd_rpc::v1::admin_server::Admin;
 use nbd_rpc::v1::status_reply::Role as WireRole;
+use nbd_rpc::{v1, within};
 use nbd_store::ReplicaRegistration;
 use nbd_topology::{ReplicaId, ShardId};
 use tokio::sync::watch;
@@ -29,7 +29,7 @@ use tracing::{info, warn};
 use self::leader::{Leader, not_leader};
 use crate::formation::{
     AdminPeers, Founders, Oneself, check_founders, formation_reply, record_to_wire,
-    registration_from_wire, within,
+    registration_from_wire,
 };
 use crate::group_task::GroupHandle;
 use crate::join::RemovedShards;

@@ -15,18 +15,17 @@
 //! node was still fresh after each directory of the first round existed, so that none of them can
 //! have voted under a directory that was wiped since.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use nbd_rpc::error::Refusal;
 use nbd_rpc::identity::{directory_from_bytes, directory_to_bytes, node_name, replica_id};
 use nbd_rpc::v1::admin_client::AdminClient;
-use nbd_rpc::{MESSAGE_BYTES_MAX, v1};
+use nbd_rpc::{Channels, MESSAGE_BYTES_MAX, v1, within};
 use nbd_store::{
     FormError, Formation, ReplicaAddresses, ReplicaInfo, ReplicaRegistration, ShardReader,
 };
 use nbd_topology::{ClusterName, Membership, NodeName, ReplicaId, ShardId};
-use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -46,9 +45,6 @@ const RETRY_MAX: Duration = Duration::from_secs(2);
 
 /// Time between log lines of a node that waits.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Nodes whose connections are kept.
-const CHANNELS_MAX: usize = 256;
 
 /// This node, as it introduces itself.
 #[derive(Debug, Clone)]
@@ -71,7 +67,7 @@ pub(crate) struct Founders {
 /// Connections for calls of [`v1::admin_client`].
 #[derive(Debug, Default)]
 pub(crate) struct AdminPeers {
-    channels: Mutex<HashMap<String, Channel>>,
+    channels: Channels,
 }
 
 impl AdminPeers {
@@ -80,29 +76,10 @@ impl AdminPeers {
         &self,
         grpc: &str,
     ) -> Result<AdminClient<Channel>, nbd_rpc::InvalidAddress> {
-        let mut channels = self.channels.lock();
-        let channel = match channels.get(grpc) {
-            Some(channel) => channel.clone(),
-            None => {
-                if channels.len() >= CHANNELS_MAX {
-                    channels.clear();
-                }
-                let channel = nbd_rpc::channel(grpc)?.connect_lazy();
-                channels.insert(grpc.to_owned(), channel.clone());
-                channel
-            }
-        };
-        Ok(AdminClient::new(channel)
+        Ok(AdminClient::new(self.channels.to(grpc)?)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX))
     }
-}
-
-/// A call with a deadline.
-pub(crate) fn within<T>(deadline: Duration, message: T) -> tonic::Request<T> {
-    let mut request = tonic::Request::new(message);
-    request.set_timeout(deadline);
-    request
 }
 
 impl Oneself {

@@ -118,6 +118,7 @@ fn nodes_that_are_configured_differently_do_not_form_together() {
 }
 
 mod loopback {
+    use std::collections::HashMap;
     use std::sync::Arc;
 
     use nbd_log::io::MemoryDisk;

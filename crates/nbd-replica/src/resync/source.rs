@@ -1,18 +1,16 @@
 //! A peer as a source of chunks.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
 use nbd_rpc::error::Refusal;
 use nbd_rpc::v1::chunks_client::ChunksClient;
-use nbd_rpc::{MESSAGE_BYTES_MAX, v1};
+use nbd_rpc::{Channels, MESSAGE_BYTES_MAX, v1, within};
 use nbd_store::{
     ChunkImage, ChunkIndex, ChunkKey, ManifestPage, RangeDigest, ShardSnapshot, VolumeId,
 };
 use nbd_topology::{ClusterName, LogIndex, ReplicaId, ShardId};
-use parking_lot::Mutex;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
@@ -35,11 +33,8 @@ pub(crate) const FETCH_STALL: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub(crate) struct ChunkPeers {
     cluster: ClusterName,
-    channels: Mutex<HashMap<String, Channel>>,
+    channels: Channels,
 }
-
-/// Peers whose connections are kept. More than a node has, unless addresses change for years.
-const CHANNELS_MAX: usize = 256;
 
 /// Why a peer gave no answer that is of use.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +52,7 @@ pub(crate) enum SourceError {
 
 impl ChunkPeers {
     pub(crate) fn new(cluster: ClusterName) -> Self {
-        Self { cluster, channels: Mutex::default() }
+        Self { cluster, channels: Channels::default() }
     }
 
     /// The replica `to` of the shard, at this address, as asked by the replica `from`. Connects
@@ -69,19 +64,7 @@ impl ChunkPeers {
         to: ReplicaId,
         grpc: &str,
     ) -> Result<ChunkSource, SourceError> {
-        let mut channels = self.channels.lock();
-        let channel = match channels.get(grpc) {
-            Some(channel) => channel.clone(),
-            None => {
-                if channels.len() >= CHANNELS_MAX {
-                    channels.clear();
-                }
-                let channel = nbd_rpc::channel(grpc)?.connect_lazy();
-                channels.insert(grpc.to_owned(), channel.clone());
-                channel
-            }
-        };
-        let client = ChunksClient::new(channel)
+        let client = ChunksClient::new(self.channels.to(grpc)?)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         let to = v1::ChunksAddress {
@@ -99,12 +82,6 @@ impl ChunkPeers {
 pub(crate) struct ChunkSource {
     client: ChunksClient<Channel>,
     to: v1::ChunksAddress,
-}
-
-fn within<T>(deadline: Duration, message: T) -> tonic::Request<T> {
-    let mut request = tonic::Request::new(message);
-    request.set_timeout(deadline);
-    request
 }
 
 impl ChunkSource {
