@@ -28,6 +28,8 @@ pub(crate) enum ServerKind {
     Leader,
     /// The same, attached to a follower.
     Follower,
+    /// The same, attached through a load balancer.
+    Balanced,
     /// `qemu-nbd` on a raw file, every write durable when answered.
     QemuWritethrough,
     /// `nbdkit file`, cached.
@@ -40,6 +42,7 @@ impl ServerKind {
             Self::Single => "1 replica",
             Self::Leader => "3, leader",
             Self::Follower => "3, follower",
+            Self::Balanced => "3, balancer",
             Self::QemuWritethrough => "qemu-nbd --cache=writethrough, raw file",
             Self::NbdkitFile => "nbdkit file",
         }
@@ -51,6 +54,8 @@ impl ServerKind {
 pub(crate) enum Server {
     /// One of ours.
     Cluster(Cluster),
+    /// One of ours, behind a load balancer.
+    Balanced(Cluster, Program),
     /// Another's.
     Reference(Reference),
 }
@@ -69,6 +74,11 @@ impl Server {
                 cluster.put_in_front(cluster.followers()[0]);
                 Self::Cluster(cluster)
             }
+            ServerKind::Balanced => {
+                let cluster = cluster(3, dir, replica);
+                let balancer = balancer(&cluster, &replica.with_file_name("nbd-lb"))?;
+                Self::Balanced(cluster, balancer)
+            }
             ServerKind::QemuWritethrough | ServerKind::NbdkitFile => {
                 Self::Reference(Reference::start(kind, dir)?)
             }
@@ -78,17 +88,24 @@ impl Server {
     pub(crate) fn uri(&self) -> String {
         match self {
             Self::Cluster(cluster) => cluster.node().uri(EXPORT),
-            Self::Reference(reference) => format!("nbd://127.0.0.1:{}/{EXPORT}", reference.port),
+            Self::Balanced(_, balancer) => uri(balancer.port),
+            Self::Reference(reference) => uri(reference.program.port),
         }
     }
 
     /// Raft's term: a change means that the leader has changed in a measurement.
     pub(crate) fn term(&self) -> Option<f64> {
         match self {
-            Self::Cluster(cluster) => cluster.node().metric("raft_term{shard=\"0\"}"),
+            Self::Cluster(cluster) | Self::Balanced(cluster, _) => {
+                cluster.node().metric("raft_term{shard=\"0\"}")
+            }
             Self::Reference(_) => None,
         }
     }
+}
+
+fn uri(port: u16) -> String {
+    format!("nbd://127.0.0.1:{port}/{EXPORT}")
 }
 
 /// A serving cluster of this many replicas.
@@ -103,11 +120,54 @@ pub(crate) fn cluster(replicas: usize, dir: &Path, replica: &Path) -> Cluster {
     cluster
 }
 
+/// A program that serves NBD at a port; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Program {
+    child: Child,
+    port: u16,
+}
+
+impl Program {
+    /// Starts it, and waits until it listens at `port`.
+    fn start(mut command: Command, port: u16, what: &str) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().with_context(|| format!("start {what}"))?;
+        let mut program = Self { child, port };
+        let deadline = Instant::now() + START_DEADLINE;
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            if let Some(status) = program.child.try_wait()? {
+                bail!("{what} ended at once: {status}");
+            }
+            if Instant::now() > deadline {
+                bail!("{what} did not listen within {START_DEADLINE:?}");
+            }
+            sleep(Duration::from_millis(20));
+        }
+        Ok(program)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // Only what this run started, by its pid.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A load balancer in front of a cluster.
+fn balancer(cluster: &Cluster, program: &Path) -> Result<Program> {
+    let (port, http) = (free_port()?, free_port()?);
+    let mut command = Command::new(program);
+    command.arg("--cluster").arg(cluster.cluster_file());
+    command.args([format!("--nbd=127.0.0.1:{port}"), format!("--http=127.0.0.1:{http}")]);
+    Program::start(command, port, &program.display().to_string())
+}
+
 /// Another's server.
 #[derive(Debug)]
 pub(crate) struct Reference {
-    child: Child,
-    port: u16,
+    program: Program,
     data: PathBuf,
 }
 
@@ -119,45 +179,21 @@ impl Reference {
             let mut command = Command::new("qemu-nbd");
             command.args(["--cache=writethrough", "--format=raw", "--persistent"]);
             command.args(["--shared=8", "--bind=127.0.0.1", &format!("--port={port}")]);
-            command.arg(format!("--export-name={EXPORT}")).arg(raw_file(&data)?);
+            command.arg(format!("--export-name={EXPORT}"));
             command
         } else {
             let mut command = Command::new("nbdkit");
             command.args(["--foreground", "--ipaddr=127.0.0.1", &format!("--port={port}")]);
-            command.arg("file").arg(raw_file(&data)?);
+            command.arg("file");
             command
         };
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .with_context(|| format!("start {}", kind.describe()))?;
-        let mut server = Self { child, port, data };
-        server.wait_for_port(kind)?;
-        Ok(server)
-    }
-
-    fn wait_for_port(&mut self, kind: ServerKind) -> Result<()> {
-        let deadline = Instant::now() + START_DEADLINE;
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
-            if let Some(status) = self.child.try_wait()? {
-                bail!("{} ended at once: {status}", kind.describe());
-            }
-            if Instant::now() > deadline {
-                bail!("{} did not listen within {START_DEADLINE:?}", kind.describe());
-            }
-            sleep(Duration::from_millis(20));
-        }
-        Ok(())
+        command.arg(raw_file(&data)?);
+        Ok(Self { program: Program::start(command, port, kind.describe())?, data })
     }
 }
 
 impl Drop for Reference {
     fn drop(&mut self) {
-        // Only what this run started, by its pid.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         let _ = fs::remove_file(&self.data);
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: the benchmark program and the server it measures, in release.
+//! `cargo xtask bench`: the benchmark program and the servers it measures, in release.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,11 +8,11 @@ use crate::test::{BIN_DIR, target_directory};
 
 const PROGRAM: &str = "cinderblock-benches";
 
-/// Builds the benchmarks and the replica, and runs the former with `args`.
+/// Builds the benchmarks, the replica and the load balancer, and runs the former with `args`.
 pub(crate) fn run(root: &Path, args: &[String]) -> anyhow::Result<()> {
     let mut build = process::cargo(root);
     build.args(["build", "--locked", "--release", "--workspace"]);
-    build.args(["--bin", PROGRAM, "--bin", "nbd-replica"]);
+    build.args(["--bin", PROGRAM, "--bin", "nbd-replica", "--bin", "nbd-lb"]);
     process::run(&mut build)?;
     let binaries = target_directory(root)?.join("release");
     let mut program = Command::new(binaries.join(PROGRAM));

@@ -14,14 +14,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nbd_log::log::{HardState, SegmentPool};
+use nbd_log::log::SegmentPool;
 use nbd_shard::resync::Absent;
 use nbd_shard::{Checkpointed, InstallPlan};
 use nbd_store::{
     CheckpointError, CheckpointReport, Checkpointer, ChunkImage, DamagedChunk, FormError,
     Formation, ReceiveError, SpaceGauge,
 };
-use nbd_topology::{LogIndex, ReplicaId, ShardId};
+use nbd_topology::{LogIndex, ShardId};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
@@ -327,8 +327,7 @@ impl CheckpointThread {
                 self.received(done, reply, "removing chunks");
             }
             Work::Install(shard, plan, reply) => {
-                let state = hard_state(&plan);
-                let done = store.install(shard, &plan.snapshot, state);
+                let done = store.install(shard, &plan.snapshot, plan.hard_state);
                 self.received(done, reply, "installing a snapshot");
             }
             Work::Replace(shard, image, reply) => {
@@ -407,13 +406,6 @@ impl CheckpointThread {
             }
         }
     }
-}
-
-/// The log's words for the hard state of a plan.
-fn hard_state(plan: &InstallPlan) -> HardState {
-    let state = plan.hard_state;
-    let vote = state.vote.map_or(0, ReplicaId::get);
-    HardState { term: state.term, vote, commit: state.commit }
 }
 
 /// Keeps one spare segment prefilled, so that the log thread rarely has to.

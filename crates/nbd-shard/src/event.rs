@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use nbd_consensus::{Entry, HardState, OutMessage, ReadyNumber, SnapshotOffer};
-use nbd_log::log::LogPosition;
+use nbd_consensus::{Entry, OutMessage, ReadyNumber, SnapshotOffer};
+use nbd_log::log::{HardState, LogPosition};
 use nbd_store::{EntryPlace, Outcome, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, ReplicaId, Term};
 

@@ -11,10 +11,10 @@ use nbd_consensus::{Append, Entry, HardState, ReadyNumber};
 use nbd_log::checksum::crc32c;
 use nbd_log::log::{AppendError, EntryRecord, LogPosition, LogWriter, Record, SegmentPool};
 use nbd_store::EntryPlace;
-use nbd_topology::{ReplicaId, ShardId};
+use nbd_topology::ShardId;
 
 use crate::event::Persisted;
-use crate::recovered::log_kind;
+use crate::recovered::{log_hard_state, log_kind};
 
 /// A write for the node's log. Those of one group are carried out in the order they came in;
 /// several may be written in one go, also of several groups.
@@ -55,10 +55,7 @@ impl LogWrite {
 
     /// The log's records of it, in order.
     pub fn records(&self, shard: ShardId) -> impl Iterator<Item = Record<'_>> {
-        let state = self.hard_state.map(|HardState { term, vote, commit }| {
-            let vote = vote.map_or(0, ReplicaId::get);
-            Record::HardState(shard, nbd_log::log::HardState { term, vote, commit })
-        });
+        let state = self.hard_state.map(|state| Record::HardState(shard, log_hard_state(state)));
         let entries = self.entries.iter().map(move |entry| {
             let (index, term, kind) = (entry.index, entry.term, log_kind(entry.kind));
             Record::Entry(EntryRecord { shard, index, term, kind, data: &entry.data })

@@ -25,7 +25,13 @@ pub const fn log_kind(kind: RaftKind) -> EntryKind {
     }
 }
 
-/// The same, for the consensus step; `raft.kept` stays behind.
+/// The log's words for a hard state.
+pub(crate) fn log_hard_state(state: HardState) -> nbd_log::log::HardState {
+    let HardState { term, vote, commit } = state;
+    nbd_log::log::HardState { term, vote: vote.map_or(0, ReplicaId::get), commit }
+}
+
+/// What the store recovered, for the consensus step; `raft.kept` stays behind.
 pub(crate) fn recovered(raft: &mut RaftRecovered) -> Recovered {
     let entry = |entry: TailEntry| Entry {
         index: entry.index,

@@ -20,7 +20,7 @@ use crate::limits::{
 use crate::log_write::LogWrite;
 use crate::packer::{Packed, Packer};
 use crate::places::Places;
-use crate::recovered::recovered;
+use crate::recovered::{log_hard_state, recovered};
 
 /// Something of a caller that waits for its entry to be applied.
 #[derive(Debug)]
@@ -284,7 +284,8 @@ impl<R> ShardReplica<R> {
         }
         let membership = snapshot.membership.clone();
         self.install = Install::Running { index, term, membership };
-        actions.install = Some(InstallPlan { snapshot, hard_state: self.group.hard_state() });
+        let hard_state = log_hard_state(self.group.hard_state());
+        actions.install = Some(InstallPlan { snapshot, hard_state });
     }
 
     fn finish_install(&mut self, now: Timestamp, actions: &mut Actions<R>) {

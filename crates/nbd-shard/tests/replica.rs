@@ -184,12 +184,7 @@ fn a_follower_beyond_the_log_switches_to_a_snapshot() {
     cluster.step(2, Event::ResyncReady(snapshot));
     let plan = cluster.nodes[2].install.take().expect("nothing is under way");
     let node = &mut cluster.nodes[2];
-    let hard_state = nbd_log::log::HardState {
-        term: plan.hard_state.term,
-        vote: plan.hard_state.vote.map_or(0, ReplicaId::get),
-        commit: plan.hard_state.commit,
-    };
-    node.checkpointer.install(common::SHARD, &plan.snapshot, hard_state).unwrap();
+    node.checkpointer.install(common::SHARD, &plan.snapshot, plan.hard_state).unwrap();
     cluster.step(2, Event::Installed);
     cluster.run(60);
     assert_eq!(cluster.nodes[2].replica.applied(), cluster.nodes[0].replica.applied());

@@ -6,12 +6,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
-use nbd_consensus::HardState;
 use nbd_log::checksum::crc32c;
 use nbd_log::io::MemoryDisk;
-use nbd_log::log::{
-    EntryKind, EntryRecord, HardState as LoggedState, LogPosition, LogWriter, Record,
-};
+use nbd_log::log::{EntryKind, EntryRecord, HardState, LogPosition, LogWriter, Record};
 use nbd_rpc::v1::chunks_server::ChunksServer;
 use nbd_store::{
     Applied, DamagedChunk, Epoch, Formation, NodeStore, Outcome, Owner, ReplicaAddresses,
@@ -117,7 +114,7 @@ impl Node {
 
     fn apply(&mut self, data: &Bytes) -> Vec<Outcome> {
         let index = self.reader.applied().next();
-        let state = LoggedState { term: TERM, vote: 1, commit: LogIndex(index.0 - 1) };
+        let state = HardState { term: TERM, vote: 1, commit: LogIndex(index.0 - 1) };
         let entry = EntryRecord { shard: SHARD, index, term: TERM, kind: EntryKind::Command, data };
         let records = [Record::HardState(SHARD, state), Record::Entry(entry)];
         let positions = self.log.append(&records).unwrap();
@@ -228,7 +225,7 @@ impl ResyncGroup for FakeGroup {
     }
 
     async fn resync_ready(&self, snapshot: ShardSnapshot) -> Result<(), GroupStopped> {
-        let hard_state = HardState { term: TERM, vote: None, commit: snapshot.applied };
+        let hard_state = HardState { term: TERM, vote: 0, commit: snapshot.applied };
         self.resync.install(InstallPlan { snapshot, hard_state });
         Ok(())
     }

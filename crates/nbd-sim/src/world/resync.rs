@@ -5,7 +5,6 @@
 //! meanwhile: it hears leaders, applies, and runs checkpoints.
 
 use nbd_consensus::SnapshotOffer;
-use nbd_log::log::HardState;
 use nbd_shard::resync::{self, Got, Want, digest_range_from, unequal_ranges, unfinished};
 use nbd_shard::{Answer, Event, InstallPlan};
 use nbd_store::{
@@ -483,10 +482,7 @@ impl World {
             group.mirror.installed(index);
         }
         let Some(running) = &mut self.nodes[n].running else { return };
-        let vote = plan.hard_state.vote.map_or(0, ReplicaId::get);
-        let (term, commit) = (plan.hard_state.term, plan.hard_state.commit);
-        let state = HardState { term, vote, commit };
-        match running.checkpointer.install(shard, &plan.snapshot, state) {
+        match running.checkpointer.install(shard, &plan.snapshot, plan.hard_state) {
             Ok(()) => {
                 self.count("snapshots installed");
                 self.step(n, shard, Event::Installed);
