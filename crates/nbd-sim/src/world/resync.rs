@@ -593,10 +593,13 @@ impl World {
             return;
         };
         let members = (0..self.profile.nodes).map(initial_id);
+        // As the leader's answer to a replica that joins has them.
+        let leader = self.leader_of(shard).and_then(|leader| self.reader_of(leader, shard));
+        let replicas = leader.map_or_else(|| vec![info.clone()], |reader| reader.replicas());
         let formation = Formation {
             replica: info.id,
             membership: Membership::of_voters(members),
-            replicas: vec![info.clone()],
+            replicas,
             next_replica: info.id.get() + 1,
         };
         self.count("replicas joined");
