@@ -78,7 +78,8 @@ fn the_program_starts_serves_and_stops() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let mut lb = command();
     lb.arg(format!("--cluster={}", cluster.cluster_file().display()));
-    lb.arg(format!("--http=127.0.0.1:{port}"));
+    // Not the default, which a cluster may have that somebody runs beside the tests.
+    lb.args([format!("--http=127.0.0.1:{port}"), "--nbd=127.0.0.1:0".to_owned()]);
     let mut lb = Process(lb.spawn().unwrap());
     let get = |path| http::get_within(Duration::from_secs(4), ("127.0.0.1", port), path);
     wait_until("a load balancer that is ready", || {
