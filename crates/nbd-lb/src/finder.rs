@@ -16,7 +16,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use nbd_front::Route;
+use nbd_front::{Links, Route};
 use nbd_rpc::identity::{node_name, replica_id};
 use nbd_rpc::{InvalidAddress, Refusal, is_refusal, reason, v1};
 use nbd_service::ClusterConfig;
@@ -27,7 +27,6 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 use tracing::{debug, info, warn};
 
-use crate::links::Links;
 use crate::metrics::ShardMetrics;
 use crate::routes::{Place, Routes, View};
 
@@ -78,6 +77,7 @@ impl Finder {
     /// Starts to look for the leaders of `cluster`, until `stop` is cancelled: not before the last
     /// session has ended, for a session is closed by its leader.
     pub fn start(cluster: &ClusterConfig, stop: &CancellationToken) -> Self {
+        // Not those of sessions: news of a leader must not wait behind data.
         let links = Links::default();
         let shards = cluster.shard_map().shards();
         let shards = shards.map(|(shard, nodes)| {
@@ -305,11 +305,11 @@ impl Follower {
 
     /// Opens a stream and passes on what comes, to its end.
     async fn follow(&self, views: &mut u64) -> Result<std::convert::Infallible, Ended> {
-        let link = self.links.to(&self.address)?;
+        let mut client = self.links.client(&self.address)?;
         let target = v1::ShardTarget { cluster: self.cluster.to_string(), shard: self.shard.0 };
         let request = v1::WatchRequest { target: Some(target) };
         let open = async {
-            let mut stream = link.client().watch(request).await?.into_inner();
+            let mut stream = client.watch(request).await?.into_inner();
             let first = stream.message().await?;
             Ok::<_, Status>((stream, first))
         };

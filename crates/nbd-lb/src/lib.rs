@@ -20,13 +20,12 @@
 //! - [`routes`]: [`Routes`], which route follows from what each node last said. No clock, no I/O.
 //! - [`finder`]: [`Finder`], the streams that feed it, and the routes as they change.
 //! - [`app`]: starts and stops everything; who ends when is drawn there.
-//! - `http`: `/health`. `links`: connections to nodes. `metrics`: what is counted.
+//! - `http`: `/health`. `metrics`: what is counted.
 
 pub mod app;
 pub mod config;
 pub mod finder;
 mod http;
-mod links;
 mod metrics;
 pub mod routes;
 

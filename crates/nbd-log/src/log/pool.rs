@@ -260,10 +260,9 @@ impl SegmentPool {
         let covered = state.covered.get(&shard).copied().unwrap_or_default();
         let oldest = state.live.front().filter(|_| state.live.len() > 1);
         is_half_full
-            && oldest.and_then(|segment| segment.indexes.get(&shard)).is_some_and(|indexes| {
-                let (_, highest) = *indexes;
-                highest > covered
-            })
+            && oldest
+                .and_then(|segment| segment.indexes.get(&shard))
+                .is_some_and(|(_, highest)| *highest > covered)
     }
 
     /// The shard's entries above `applied` that count lie at `from` or behind: others above it, in
