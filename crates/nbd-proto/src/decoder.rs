@@ -75,6 +75,12 @@ impl RequestDecoder {
         }
     }
 
+    /// Whether nothing was taken of the next request: a decoder made anew would go on from here all
+    /// the same.
+    pub fn is_between_requests(&self) -> bool {
+        matches!(self.state, State::Header)
+    }
+
     /// Bytes of the last write's payload that are still to come.
     pub fn payload_remaining(&self) -> u64 {
         match self.state {

@@ -240,3 +240,46 @@ pub enum ReplyError {
         length: u64,
     },
 }
+
+/// Why a client gives up a session during transmission: a reply cannot be followed, or is no answer
+/// to what was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExchangeError {
+    /// The bytes cannot be followed.
+    #[error(transparent)]
+    Reply(#[from] ReplyError),
+    /// A reply to a request that is not in flight.
+    #[error("the server replied to cookie {cookie:#x}, under which nothing was asked")]
+    UnknownCookie {
+        /// The cookie as sent.
+        cookie: u64,
+    },
+    /// Pieces of a read's content that overlap, or lie outside of what was asked for.
+    #[error("{len} bytes of content at {offset} overlap other content, or were not asked for")]
+    Misplaced {
+        /// The content's offset.
+        offset: u64,
+        /// The content's length.
+        len: u64,
+    },
+    /// More than [`limits::READ_PIECES_MAX`](crate::limits::READ_PIECES_MAX).
+    #[error("the server scatters the content of a read in too many pieces")]
+    TooManyPieces,
+    /// A read was answered without error and without all its bytes.
+    #[error("the server answered a read of {len} bytes with {received}")]
+    Incomplete {
+        /// Bytes asked for.
+        len: u64,
+        /// Bytes received.
+        received: u64,
+    },
+    /// A reply of another kind than its request, or of another metadata context.
+    #[error("the reply to cookie {cookie:#x} is of another kind than the request")]
+    OtherKind {
+        /// The cookie as sent.
+        cookie: u64,
+    },
+    /// Extents that go on behind the end of the request.
+    #[error("the server told the status of more than it was asked about")]
+    StatusBeyondRequest,
+}

@@ -25,11 +25,13 @@
 //! - [`option`]: options and their replies as bytes.
 //! - [`ServerHandshake`], [`ClientHandshake`]: from the greeting to an attached export.
 //! - [`RequestDecoder`], [`ReplyEncoder`]: the server's transmission phase.
-//! - [`encode_request`], [`ReplyDecoder`]: the client's.
+//! - [`encode_request`], [`ReplyDecoder`]: the client's; [`Exchange`]: both, with the requests in
+//!   flight, for clients that want whole answers.
 //! - [`NbdError`]: what a reply may say; the other errors end sessions.
 
 mod decoder;
 mod error;
+mod exchange;
 mod export;
 mod handshake;
 mod reply;
@@ -45,7 +47,10 @@ pub mod limits;
 pub mod option;
 
 pub use decoder::{Decoded, RequestDecoder};
-pub use error::{ClientHandshakeError, HandshakeError, NbdError, ReplyError, TransmissionError};
+pub use error::{
+    ClientHandshakeError, ExchangeError, HandshakeError, NbdError, ReplyError, TransmissionError,
+};
+pub use exchange::{Answer, Exchange, Received, Refusal};
 pub use export::{ExportInfo, ExportName, ExportNameError, ExportRefusal, Negotiated, ReplyStyle};
 pub use handshake::client::{
     Attached, BlockSize, ClientEvent, ClientGoal, ClientHandshake, ClientWish, RemoteExport,

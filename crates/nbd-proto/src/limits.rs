@@ -67,6 +67,11 @@ pub const REPLY_EXTENTS_MAX: usize = 1 << 20;
 /// an assertion on one that did not fit).
 pub const COMPACT_EXTENT_BYTES_MAX: u32 = u32::MAX - (BLOCK_BYTES_PREFERRED - 1);
 
+/// Separate ranges that the content of one read may come in, as long as they do not meet. Servers
+/// send a piece for each stretch of data or zeroes, in order, and those meet; one that scatters
+/// crumbs only makes us keep account of them.
+pub const READ_PIECES_MAX: usize = 4096;
+
 /// Bytes of an error chunk a client accepts: its fixed fields, a full text, an offset, and as much
 /// again for fields a later protocol may add.
 pub const ERROR_CHUNK_BYTES_MAX: usize = 2 * (ERROR_TEXT_BYTES_MAX + 14);

@@ -39,7 +39,14 @@ fn lookup(asked: &ExportName) -> Result<ExportInfo, ExportRefusal> {
 /// Acts on `event` as [`lookup`] says.
 fn act(server: &mut ServerHandshake, event: HandshakeEvent) -> Option<Negotiated> {
     match event {
-        HandshakeEvent::Resolve { name, .. } => server.answer_export(lookup(&name)),
+        HandshakeEvent::Resolve { name, purpose } => {
+            let agreement = (purpose == Purpose::Attach).then(|| server.agreement());
+            let negotiated = server.answer_export(lookup(&name));
+            if let Some(Negotiated { replies, allocation_context, .. }) = &negotiated {
+                assert_eq!(agreement, Some((*replies, *allocation_context)), "known before");
+            }
+            negotiated
+        }
         HandshakeEvent::List => {
             server.answer_list([(name("disk"), "a volume".to_owned())].into_iter());
             None

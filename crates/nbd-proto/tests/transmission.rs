@@ -378,6 +378,31 @@ fn the_session_may_refuse_a_write_it_has_begun() {
     assert_eq!(decoder.decode(&mut stream), Ok(Decoded::NeedMore));
 }
 
+// Goal: a decoder made anew may take another's place where it says so, and nowhere else.
+#[test]
+fn between_requests_is_where_nothing_of_one_was_taken() {
+    let mut stream = BytesMut::new();
+    let write = Command::Write { offset: 512, len: 10 };
+    encode_request(&mut stream, ReplyStyle::Simple, 1, &write, false).unwrap();
+    stream.put_slice(b"0123456789");
+    let header = RequestHeader::encoded_len(ReplyStyle::Simple);
+    let mut decoder = RequestDecoder::new(&negotiated(ReplyStyle::Simple));
+    let mut half = stream.split_to(header / 2);
+    assert_eq!(decoder.decode(&mut half), Ok(Decoded::NeedMore));
+    assert!(decoder.is_between_requests(), "half a header is still in the input");
+    half.unsplit(stream);
+    assert!(matches!(decoder.decode(&mut half), Ok(Decoded::Request(_))));
+    assert!(!decoder.is_between_requests());
+    decoder.take_payload(&mut half, &mut [0; 4]);
+    decoder.refuse_write(NbdError::NoSpc, "the volume has no room");
+    assert!(!decoder.is_between_requests(), "a refused payload is thrown away first");
+    assert!(matches!(decoder.decode(&mut half), Ok(Decoded::Refused(_))));
+    assert!(decoder.is_between_requests());
+    encode_disconnect(&mut half, ReplyStyle::Simple);
+    assert_eq!(decoder.decode(&mut half), Ok(Decoded::Disconnect));
+    assert!(!decoder.is_between_requests());
+}
+
 #[test]
 #[should_panic(expected = "payload outstanding")]
 fn decoding_on_with_a_payload_outstanding_is_a_bug() {

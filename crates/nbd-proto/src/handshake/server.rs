@@ -182,6 +182,24 @@ impl ServerHandshake {
         self.output.split()
     }
 
+    /// What the client that asks to attach (a [`HandshakeEvent::Resolve`] with [`Purpose::Attach`])
+    /// will have agreed on if it is answered well: how requests and replies look, and the id of
+    /// `base:allocation` if that is selected for this export.
+    ///
+    /// # Panics
+    ///
+    /// If no such event is to be answered.
+    pub fn agreement(&self) -> (ReplyStyle, Option<u32>) {
+        let selected = match &self.state {
+            State::Waiting(Question::ExportName) => self.selection.is_some(),
+            State::Waiting(Question::Info { option: option::GO, name, .. }) => {
+                self.selection.as_ref() == Some(name)
+            }
+            _ => panic!("agreement called with nobody asking to attach"),
+        };
+        (self.replies, selected.then_some(ALLOCATION_CONTEXT_ID))
+    }
+
     /// Answers [`HandshakeEvent::Resolve`]. `Some`: the client is attached, and what follows in the
     /// input is transmission. `None`: call [`receive`](Self::receive) again; after a refused
     /// `NBD_OPT_EXPORT_NAME` that fails, since the client cannot be told.
