@@ -36,9 +36,10 @@ pub struct GroupConfig {
     /// Time from one [`Input::Tick`](crate::Input::Tick) to the next, above 0 and at most a minute.
     /// The same on all replicas. Default: 25 ms.
     pub tick: Duration,
-    /// Ticks without a leader until a follower stands for election, and within which a leader must
-    /// hear from a majority. Well above the slowest flush. Leases and votes are measured by it: the
-    /// same on all replicas. Default: 12 (300 ms at 25 ms a tick).
+    /// Ticks without a leader until a follower stands for election; a leader steps down that hears
+    /// from no majority for [`STEP_DOWN_ELECTIONS`](crate::limits::STEP_DOWN_ELECTIONS) times as
+    /// long, and up to once longer. Well above the slowest flush. Leases and votes are measured by
+    /// it: the same on all replicas. Default: 12 (300 ms at 25 ms a tick).
     pub election_ticks: u32,
     /// Ticks from one heartbeat to the next. Default: 2.
     pub heartbeat_ticks: u32,

@@ -56,6 +56,8 @@ pub struct Group {
     offer_elapsed: u32,
     /// As leader: at which of `ticks` each peer was last heard from in this term.
     heard: BTreeMap<ReplicaId, u64>,
+    /// As leader: at which of `ticks` it became that.
+    led_since: u64,
     /// Whether a snapshot is being put in place of the log, which must not change meanwhile.
     log_held: bool,
     /// The last hard state in an append. Its `commit` may lag behind raft-rs's.
@@ -92,6 +94,7 @@ impl Group {
             beat_elapsed: 0,
             offer_elapsed: 0,
             heard: BTreeMap::new(),
+            led_since: 0,
             log_held: false,
             hard_state_sent,
             handed_out: recovered.applied.0,
@@ -244,11 +247,26 @@ impl Group {
             return;
         }
         effects.role_changed = Some(now);
+        let removed = !self.members.current().is_voter(self.config.replica);
+        if before.role == Role::Leader
+            && now.role != Role::Leader
+            && now.term == before.term
+            && !removed
+        {
+            let heard: Vec<_> =
+                self.heard.iter().map(|(peer, heard)| (peer.get(), self.ticks - heard)).collect();
+            tracing::warn!(
+                shard = %self.config.shard, ?heard,
+                "no majority was heard from, so the leader steps down; peers, and ticks since each \
+                 was heard from"
+            );
+        }
         if now.role != Role::Leader || now.term != before.term {
             let reason = RejectReason::NotLeader { leader: now.leader };
             effects.rejected.extend(self.reads.abandon().map(|ticket| (ticket, reason)));
             self.lease.reset();
             self.heard.clear();
+            self.led_since = self.ticks;
             self.beat_elapsed = 0;
             self.offer_elapsed = 0;
         }

@@ -58,6 +58,13 @@ pub const PROMOTION_LAG_MAX: u64 = 512;
 /// offered one again: the offer may have been lost, or the answer.
 pub const SNAPSHOT_OFFER_TICKS: u32 = 40;
 
+/// Election timeouts for which a leader may hear nothing from a majority before it steps down.
+/// raft-rs does so after one, by windows of one: on a machine whose processors are overrun for a
+/// third of a second, that turns each such moment into an election, whereas the followers still
+/// hear their leader and would go on with it. What stepping down is for can wait: reads need a
+/// lease, which is shorter, and others elect a leader without asking this one.
+pub const STEP_DOWN_ELECTIONS: u64 = 2;
+
 /// Largest term and index taken from a peer. Far beyond reach in honest operation, and far enough
 /// below `u64::MAX` that adding to one cannot wrap.
 pub const COUNTER_MAX: u64 = u64::MAX / 2;

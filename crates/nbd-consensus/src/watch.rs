@@ -3,8 +3,8 @@
 use crate::config::{GroupConfig, ReadMode};
 use crate::fault::Fault;
 
-/// Ticks between one attempt after a hint and the next, and between the first attempts of two
-/// replicas: room for the one to win before the other asks.
+/// Ticks between one attempt after a hint and the next of the replica first in rank, and between
+/// the first attempts of two replicas: room for the one to win before the other asks.
 const HINT_TICKS: u32 = 2;
 
 /// Counts ticks since the start and since a leader was heard from.
@@ -24,8 +24,21 @@ pub(crate) struct Watch {
     silence: u32,
     /// The leader last heard from.
     leader: Option<u64>,
-    /// Ticks until the next attempt, if the leader is thought to be dead.
-    hint: Option<u32>,
+    /// If the leader is thought to be dead.
+    hint: Option<Hint>,
+}
+
+/// When to stand because a leader is thought to be dead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Hint {
+    /// Ticks until the next attempt.
+    wait: u32,
+    /// Ticks between one attempt and the next: more for a higher rank. With the same for all, two
+    /// replicas that a third with a longer log votes for neither of could stand at the same ticks
+    /// for ever, each with its own vote, and with each term keep the third from standing. So the
+    /// lower rank has attempts of its own in between; if its log is too short, its pre-vote fails,
+    /// and the higher rank has its vote.
+    period: u32,
 }
 
 impl Watch {
@@ -48,8 +61,8 @@ impl Watch {
     pub(crate) const fn tick(&mut self) {
         self.uptime = self.uptime.saturating_add(1);
         self.silence = self.silence.saturating_add(1);
-        if let Some(wait) = &mut self.hint {
-            *wait = wait.saturating_sub(1);
+        if let Some(hint) = &mut self.hint {
+            hint.wait = hint.wait.saturating_sub(1);
         }
     }
 
@@ -74,7 +87,9 @@ impl Watch {
     /// soon as the leader's lease must have run out and those before it have had their turn.
     pub(crate) fn hint(&mut self, rank: u32) {
         let lease = if self.leases { self.election_ticks.saturating_sub(self.silence) } else { 0 };
-        self.hint = Some(lease + HINT_TICKS * rank);
+        let turn = HINT_TICKS.saturating_mul(rank);
+        let (wait, period) = (lease.saturating_add(turn), HINT_TICKS.saturating_add(turn));
+        self.hint = Some(Hint { wait, period });
     }
 
     /// Drops the hint: another replica stands.
@@ -82,13 +97,15 @@ impl Watch {
         self.hint = None;
     }
 
-    /// Whether to stand now because of a hint. If so, the next attempt is due in two ticks.
-    pub(crate) fn take_attempt(&mut self) -> bool {
-        let due = self.hint == Some(0);
-        if due {
-            self.hint = Some(HINT_TICKS);
+    /// Whether to stand now because of a hint. If so, the next attempt is due in its turn.
+    pub(crate) const fn take_attempt(&mut self) -> bool {
+        match &mut self.hint {
+            Some(hint) if hint.wait == 0 => {
+                hint.wait = hint.period;
+                true
+            }
+            _ => false,
         }
-        due
     }
 
     /// Whether it is too soon after a restart to give a vote.
@@ -155,7 +172,7 @@ mod tests {
 
     #[test]
     fn attempts_come_in_order_of_rank_once_the_lease_is_out() {
-        for (rank, first) in [(0, 12), (1, 14), (2, 16)] {
+        for (rank, first, period) in [(0, 12, 2), (1, 14, 4), (2, 16, 6)] {
             let mut watch = watch(|_| ());
             watch.heard(2);
             ticks(&mut watch, 5);
@@ -166,7 +183,7 @@ mod tests {
                     watch.take_attempt()
                 })
                 .collect();
-            let expected: Vec<_> = (first..24).step_by(2).collect();
+            let expected: Vec<_> = (first..24).step_by(period).collect();
             assert_eq!(attempts, expected);
         }
         // A hint that comes late is acted upon at once, in the same order.

@@ -9,13 +9,14 @@ use crate::config::ReadMode;
 use crate::effect::{Effects, RejectReason};
 use crate::fault::Fault;
 use crate::input::Ticket;
-use crate::limits::{READS_WAITING_MAX, SNAPSHOT_OFFER_TICKS};
+use crate::limits::{READS_WAITING_MAX, SNAPSHOT_OFFER_TICKS, STEP_DOWN_ELECTIONS};
 
 impl Group {
     pub(super) fn tick(&mut self) {
         self.ticks += 1;
         self.watch.tick();
         if self.is_leader() {
+            self.count_heard();
             self.raw.tick();
             // raft-rs's own heartbeats would double ours, which carry a round each.
             self.raw.raft.msgs.retain(|message| message.msg_type != MessageType::MsgHeartbeat);
@@ -32,6 +33,24 @@ impl Group {
             self.raw.tick();
         }
         self.follow_hint();
+    }
+
+    /// Before raft-rs looks whether a majority was heard from since it last looked, has it count
+    /// those as well that were within [`STEP_DOWN_ELECTIONS`], or could not yet be.
+    fn count_heard(&mut self) {
+        let raft = &mut self.raw.raft;
+        if raft.election_elapsed + 1 < raft.election_timeout() {
+            return;
+        }
+        let since = STEP_DOWN_ELECTIONS * u64::from(self.config.election_ticks);
+        for peer in self.members.current().all() {
+            let heard = self.heard.get(&peer).copied().unwrap_or(self.led_since);
+            if let Some(progress) = raft.mut_prs().get_mut(peer.get())
+                && self.ticks - heard <= since
+            {
+                progress.recent_active = true;
+            }
+        }
     }
 
     pub(super) fn campaign(&mut self) {

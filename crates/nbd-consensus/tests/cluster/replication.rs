@@ -30,6 +30,31 @@ fn a_leader_is_elected_and_replicates() {
 }
 
 #[test]
+fn a_leader_knows_what_enough_followers_have() {
+    let mut cluster = Cluster::new(5, 1, |_| ());
+    cluster.run(15);
+    let leader = cluster.leader().unwrap();
+    let replicated = |cluster: &Cluster| cluster.group(leader).replicated();
+    cluster.propose(leader, 3);
+    cluster.settle();
+    let last = cluster.group(leader).status().last;
+    assert_eq!(replicated(&cluster), Some(last));
+    let others: Vec<usize> = (0..5).filter(|at| *at != leader).collect();
+    assert!(others.iter().all(|at| cluster.group(*at).replicated().is_none()), "they follow");
+    // Two of four are enough, one is not.
+    cluster.isolate(others[0]);
+    cluster.isolate(others[1]);
+    cluster.propose(leader, 1);
+    cluster.settle();
+    assert_eq!(replicated(&cluster), Some(LogIndex(last.0 + 1)));
+    cluster.isolate(others[2]);
+    cluster.propose(leader, 1);
+    cluster.settle();
+    assert_eq!(replicated(&cluster), Some(LogIndex(last.0 + 1)));
+    cluster.check_end();
+}
+
+#[test]
 fn a_majority_is_enough_and_a_minority_is_not() {
     let mut cluster = three(2);
     cluster.isolate(2);

@@ -95,6 +95,38 @@ fn in_quorum_mode_a_hint_is_enough() {
     assert_eq!(votes(&mut group), 2);
 }
 
+/// The first of three, which leads in term 2.
+fn leader_of_three() -> Group {
+    let mut group = replica(|_| ());
+    group.step(NOW, Input::Campaign);
+    let stands = deliver(&mut group, &message(MessageType::MsgRequestPreVoteResponse, 2, 2));
+    group.step(NOW, Input::Persisted(stands.appends[0].ready));
+    deliver(&mut group, &message(MessageType::MsgRequestVoteResponse, 2, 2));
+    assert_eq!(group.status().role, Role::Leader);
+    group
+}
+
+#[test]
+fn a_leader_outlasts_a_moment_of_silence_and_no_more() {
+    let mut group = leader_of_three();
+    ticks(&mut group, 23);
+    assert_eq!(group.status().role, Role::Leader, "a new one as well");
+    let hear = |group: &mut Group| {
+        deliver(group, &message(MessageType::MsgHeartbeatResponse, 2, 2));
+    };
+    hear(&mut group);
+    // Each silence is twice as long as the time after which raft-rs would step down.
+    for _ in 0..5 {
+        ticks(&mut group, 23);
+        assert_eq!(group.status().role, Role::Leader);
+        hear(&mut group);
+    }
+    ticks(&mut group, 24);
+    assert_eq!(group.status().role, Role::Leader);
+    ticks(&mut group, 12);
+    assert_eq!(group.status().role, Role::Follower, "nobody follows it");
+}
+
 #[test]
 fn without_a_leader_there_is_none_to_lose() {
     let mut group = replica(|config| config.read_mode = ReadMode::Quorum);
