@@ -1,42 +1,49 @@
-//! How long a client stands still when the leader is lost.
+//! How long clients stand still when the leader is lost.
 //!
-//! One client, attached to a replica that stays, writes 4 KiB blocks one after the other. The
-//! leader is lost; what counts is the time from just before that to the acknowledgement of the
-//! first write that was sent after it. Then the lost node comes back, all serve, and so on.
+//! The leader is lost, and back once clients go on; when all replicas serve it is lost again, and
+//! so on. Clients are attached to a replica that stays ([`attached`]), or through a load balancer
+//! ([`balanced`]).
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
-use std::thread;
-use std::time::{Duration, Instant};
+mod attached;
+mod balanced;
+
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nbd_testkit::{Cluster, ConnectOptions, NbdClient, NodeProcess};
+use clap::ValueEnum;
+use nbd_testkit::NodeProcess;
 
 use crate::Place;
-use crate::server::{EXPORT, VOLUME_BYTES, cluster};
-
-/// Bytes of each write.
-const BLOCK_BYTES: usize = 4096;
-
-/// Writes acknowledged before the leader is lost.
-const WRITES_BEFORE: usize = 100;
-
-/// Time in which the first write must be acknowledged, or the measurement is given up.
-const GIVE_UP: Duration = Duration::from_secs(30);
+use crate::server::cluster;
 
 /// What to measure.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Times that the leader is lost, for each way of losing it.
+    /// Times that the leader is killed, and that it is stopped.
     #[arg(long, default_value_t = 50)]
     kills: usize,
+    /// Times that the leader is frozen. Default: as often as it is killed.
+    #[arg(long)]
+    freezes: Option<usize>,
+    /// What clients are attached to.
+    #[arg(long, value_enum, default_value_t = Via::Follower)]
+    via: Via,
+}
+
+/// What clients are attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Via {
+    /// A replica that stays; one client, which writes.
+    Follower,
+    /// A load balancer; four clients, whose every answer is checked.
+    Balancer,
 }
 
 /// A way of losing the leader, and the stall promised for 99 of 100 cases.
 struct Way {
     name: &'static str,
     aim: Duration,
+    times: fn(&Args) -> usize,
     lose: fn(&mut NodeProcess),
     restore: fn(&mut NodeProcess),
 }
@@ -45,32 +52,55 @@ const WAYS: [Way; 3] = [
     Way {
         name: "kill -9",
         aim: Duration::from_millis(500),
-        lose: NodeProcess::kill_9,
-        restore: NodeProcess::start,
+        times: |args| args.kills,
+        lose: |node| node.kill_9(),
+        restore: |node| node.start(),
     },
     Way {
         name: "SIGSTOP",
         aim: Duration::from_millis(1500),
-        lose: NodeProcess::pause,
-        restore: NodeProcess::resume,
+        times: |args| args.freezes.unwrap_or(args.kills),
+        lose: |node| node.pause(),
+        restore: |node| node.resume(),
     },
     Way {
         name: "SIGTERM",
         aim: Duration::from_millis(500),
+        times: |args| args.kills,
         lose: |node| assert!(node.terminate().success(), "a stop ends well"),
-        restore: NodeProcess::start,
+        restore: |node| node.start(),
     },
 ];
 
 /// Measures each way and prints a table.
+///
+/// # Errors
+/// Clients that do not go on; through a load balancer, also one that is disconnected, gets an error
+/// or wrong bytes.
 pub(crate) fn run(args: &Args, place: &Place) -> Result<()> {
     println!("leader lost by    times    p50 ms    p99 ms    max ms    aim p99 ms");
-    for way in WAYS {
-        let mut cluster = cluster(3, &place.dir, &place.replica);
-        let mut stalls = Vec::new();
-        for _ in 0..args.kills {
-            stalls.push(lose_leader(&mut cluster, &way)?);
+    for way in &WAYS {
+        let times = (way.times)(args);
+        if times == 0 {
+            continue;
         }
+        let (mut stalls, note) = match args.via {
+            Via::Follower => {
+                let mut cluster = cluster(3, &place.dir, &place.replica);
+                let stalls = (0..times).map(|_| attached::lose_leader(&mut cluster, way));
+                (stalls.collect::<Result<Vec<_>>>()?, None)
+            }
+            Via::Balancer => {
+                let done = balanced::run(way, times, place);
+                let done = done.with_context(|| format!("lose leaders by {}", way.name))?;
+                let note = format!(
+                    "    {} answers, 0 disconnects, 0 errors, 0 wrong bytes; {} operations on \
+                     shared sectors linearizable",
+                    done.answers, done.checked
+                );
+                (done.stalls, Some(note))
+            }
+        };
         stalls.sort_unstable();
         let at = |percent: usize| {
             let place = (stalls.len() * percent).div_ceil(100).max(1) - 1;
@@ -85,59 +115,9 @@ pub(crate) fn run(args: &Args, place: &Place) -> Result<()> {
             at(100),
             way.aim.as_millis(),
         );
+        if let Some(note) = note {
+            println!("{note}");
+        }
     }
     Ok(())
-}
-
-fn lose_leader(cluster: &mut Cluster, way: &Way) -> Result<Duration> {
-    cluster.wait_until_serving();
-    let leader = cluster.wait_leader();
-    let survivor = cluster.followers()[0];
-    let options =
-        ConnectOptions { export: EXPORT.to_owned(), timeout: GIVE_UP, ..ConnectOptions::default() };
-    let address = cluster.at(survivor).nbd_address();
-    let client = NbdClient::connect_with(address, &options).context("attach to a follower")?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let (writer, writes) = start_writer(client, Arc::clone(&stop));
-    for _ in 0..WRITES_BEFORE {
-        writes.recv_timeout(GIVE_UP).context("write before the leader is lost")?;
-    }
-    let lost = Instant::now();
-    (way.lose)(cluster.at_mut(leader));
-    let stall = first_after(&writes, lost);
-    stop.store(true, Ordering::Relaxed);
-    (way.restore)(cluster.at_mut(leader));
-    let _ = writer.join();
-    stall
-}
-
-/// From `lost` to the end of the first write that was sent after it.
-fn first_after(writes: &Receiver<(Instant, Instant)>, lost: Instant) -> Result<Duration> {
-    loop {
-        let (sent, done) =
-            writes.recv_timeout(GIVE_UP).context("write after the leader is lost")?;
-        if sent >= lost {
-            return Ok(done - lost);
-        }
-    }
-}
-
-/// Writes until told to stop, and tells when each write was sent and acknowledged.
-fn start_writer(
-    mut client: NbdClient,
-    stop: Arc<AtomicBool>,
-) -> (thread::JoinHandle<()>, Receiver<(Instant, Instant)>) {
-    let (told, writes) = channel();
-    let writer = thread::spawn(move || {
-        let block = [0x5a; BLOCK_BYTES];
-        let mut offset = 0;
-        while !stop.load(Ordering::Relaxed) {
-            let sent = Instant::now();
-            if client.write(offset, &block).is_err() || told.send((sent, Instant::now())).is_err() {
-                return;
-            }
-            offset = (offset + BLOCK_BYTES as u64) % VOLUME_BYTES;
-        }
-    });
-    (writer, writes)
 }

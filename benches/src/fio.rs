@@ -18,6 +18,13 @@ pub(crate) struct Job {
     pub(crate) seconds: u32,
 }
 
+/// What a run moved.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moved {
+    pub(crate) bytes: f64,
+    pub(crate) bytes_per_second: f64,
+}
+
 impl Job {
     fn reads(&self) -> bool {
         self.rw.ends_with("read")
@@ -43,25 +50,38 @@ impl Job {
 
     /// Runs the job and gives its rate in [`Self::unit`].
     pub(crate) fn run(&self, uri: &str) -> Result<f64> {
-        let report = fio(
-            uri,
-            &[
-                &format!("--name={}", self.name),
-                &format!("--rw={}", self.rw),
-                &format!("--bs={}k", self.block_kib),
-                &format!("--iodepth={}", self.depth),
-                &format!("--runtime={}", self.seconds),
-                &format!("--ramp_time={}", self.seconds.div_ceil(5)),
-                "--time_based",
-            ],
-        )?;
-        let side = if self.reads() { "read" } else { "write" };
-        let figures = &report["jobs"][0][side];
+        let warm_up = format!("--ramp_time={}", self.seconds.div_ceil(5));
+        let figures = self.figures(uri, &[&warm_up])?;
         let rate = match self.unit() {
             "IOPS" => figures["iops"].as_f64(),
             _ => figures["bw_bytes"].as_f64().map(|bytes| bytes / f64::from(1 << 20)),
         };
         rate.with_context(|| format!("fio reported no rate for {}", self.name))
+    }
+
+    /// Runs the job without a warm-up, so that all that it moves is counted.
+    pub(crate) fn run_counted(&self, uri: &str) -> Result<Moved> {
+        let figures = self.figures(uri, &[])?;
+        let figure = |name: &str| figures[name].as_f64();
+        let moved = figure("io_bytes").zip(figure("bw_bytes"));
+        let (bytes, bytes_per_second) =
+            moved.with_context(|| format!("fio counted no bytes for {}", self.name))?;
+        Ok(Moved { bytes, bytes_per_second })
+    }
+
+    /// What fio reports of the side that the job is about.
+    fn figures(&self, uri: &str, more: &[&str]) -> Result<Value> {
+        let job = [
+            &*format!("--name={}", self.name),
+            &*format!("--rw={}", self.rw),
+            &*format!("--bs={}k", self.block_kib),
+            &*format!("--iodepth={}", self.depth),
+            &*format!("--runtime={}", self.seconds),
+            "--time_based",
+        ];
+        let report = fio(uri, &[&job[..], more].concat())?;
+        let side = if self.reads() { "read" } else { "write" };
+        Ok(report["jobs"][0][side].clone())
     }
 }
 

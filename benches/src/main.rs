@@ -19,14 +19,20 @@
 //! The other servers keep one copy, also where Cinderblock keeps three. Three replicas are attached
 //! to at the leader; at a follower as well, which has no aims.
 //!
-//! Then there is what no other server has: [`failover`], [`idle`], [`elections`], [`away`].
+//! Then there is what no other server has: [`failover`], [`idle`], [`elections`], [`away`],
+//! [`control`], [`tracing`]; and [`carrying`], which compares a load balancer's two modes, and
+//! [`apart`], in which the load balancer does not compete with client and leader.
 
+mod apart;
 mod away;
+mod carrying;
+mod control;
 mod elections;
 mod failover;
 mod fio;
 mod idle;
 mod server;
+mod tracing;
 
 use std::path::PathBuf;
 
@@ -74,7 +80,7 @@ struct Place {
     /// Where the servers keep their data: on the disk to be measured.
     #[arg(long, global = true, default_value = "target/bench-data")]
     dir: PathBuf,
-    /// The `nbd-replica` binary to measure.
+    /// The `nbd-replica` binary to measure; beside it, the `nbd-lb`.
     #[arg(long, global = true, default_value = "target/release/nbd-replica")]
     replica: PathBuf,
 }
@@ -82,14 +88,22 @@ struct Place {
 /// Without any, the comparisons.
 #[derive(Debug, Subcommand)]
 enum Measurement {
-    /// From the loss of the leader to the first write that a survivor acknowledges.
+    /// How long clients stand still when the leader is lost.
     Failover(failover::Args),
-    /// CPU that replicas use when nothing happens.
+    /// What servers use when nothing happens.
     Idle(idle::Args),
     /// How often the leader changes under full load.
     Elections(elections::Args),
     /// What a replica fetches that was away while there were light writes.
     Away(away::Args),
+    /// CPU and throughput of a load balancer, by how it carries connections.
+    Carrying(carrying::Args),
+    /// What managing volumes costs, and what it takes away from I/O.
+    Control(control::Args),
+    /// Through a load balancer and at the leader, each process with a share of its own of the CPU.
+    Apart(apart::Args),
+    /// What tracing takes away from small writes.
+    Tracing(tracing::Args),
 }
 
 /// A job, the servers it is compared on, and the ratio aimed at.
@@ -100,16 +114,28 @@ struct Comparison {
     aim: Option<f64>,
 }
 
-fn comparisons(seconds: u32) -> Vec<Comparison> {
+/// The jobs that everything is compared on.
+fn jobs(seconds: u32) -> [Job; 5] {
     let job = |name, rw, block_kib, depth| Job { name, rw, block_kib, depth, seconds };
+    [
+        job("4k-randwrite-qd64", "randwrite", 4, 64),
+        job("4k-randwrite-qd1", "randwrite", 4, 1),
+        job("4k-randread-qd32", "randread", 4, 32),
+        job("1m-write-qd8", "write", 1024, 8),
+        job("1m-read-qd8", "read", 1024, 8),
+    ]
+}
+
+fn comparisons(seconds: u32) -> Vec<Comparison> {
     let (writethrough, file) = (ServerKind::QemuWritethrough, ServerKind::NbdkitFile);
+    let [writes, write, reads, large_writes, large_reads] = jobs(seconds);
     // With the aims for one replica and for three.
     let jobs = [
-        (job("4k-randwrite-qd64", "randwrite", 4, 64), writethrough, Some(3.0), Some(1.5)),
-        (job("4k-randwrite-qd1", "randwrite", 4, 1), writethrough, Some(0.8), Some(0.6)),
-        (job("4k-randread-qd32", "randread", 4, 32), file, Some(0.6), Some(0.6)),
-        (job("1m-write-qd8", "write", 1024, 8), writethrough, None, None),
-        (job("1m-read-qd8", "read", 1024, 8), file, None, None),
+        (writes, writethrough, Some(3.0), Some(1.5)),
+        (write, writethrough, Some(0.8), Some(0.6)),
+        (reads, file, Some(0.6), Some(0.6)),
+        (large_writes, writethrough, None, None),
+        (large_reads, file, None, None),
     ];
     let mut comparisons = Vec::new();
     for ours in [ServerKind::Single, ServerKind::Leader, ServerKind::Follower] {
@@ -140,6 +166,10 @@ fn main() -> Result<()> {
         Some(Measurement::Idle(args)) => idle::run(&args, &place),
         Some(Measurement::Elections(args)) => elections::run(&args, &place),
         Some(Measurement::Away(args)) => away::run(&args, &place),
+        Some(Measurement::Carrying(args)) => carrying::run(&args, &place),
+        Some(Measurement::Control(args)) => control::run(&args, &place),
+        Some(Measurement::Apart(args)) => apart::run(&args, &place),
+        Some(Measurement::Tracing(args)) => tracing::run(&args, &place),
     }
 }
 

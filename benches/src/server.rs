@@ -1,14 +1,14 @@
 //! The servers that are measured, each on a free loopback port with data of its own.
 
 use std::fs::{self, File};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nbd_testkit::Cluster;
+use nbd_testkit::{Cluster, ServerProcess, free_port};
 
 /// Size of every export.
 pub(crate) const VOLUME_BYTES: u64 = 1 << 30;
@@ -54,8 +54,8 @@ impl ServerKind {
 pub(crate) enum Server {
     /// One of ours.
     Cluster(Cluster),
-    /// One of ours, behind a load balancer.
-    Balanced(Cluster, Program),
+    /// A load balancer, and one of ours behind it.
+    Balanced(ServerProcess, Cluster),
     /// Another's.
     Reference(Reference),
 }
@@ -76,8 +76,7 @@ impl Server {
             }
             ServerKind::Balanced => {
                 let cluster = cluster(3, dir, replica);
-                let balancer = balancer(&cluster, &replica.with_file_name("nbd-lb"))?;
-                Self::Balanced(cluster, balancer)
+                Self::Balanced(cluster.balancer(), cluster)
             }
             ServerKind::QemuWritethrough | ServerKind::NbdkitFile => {
                 Self::Reference(Reference::start(kind, dir)?)
@@ -88,24 +87,22 @@ impl Server {
     pub(crate) fn uri(&self) -> String {
         match self {
             Self::Cluster(cluster) => cluster.node().uri(EXPORT),
-            Self::Balanced(_, balancer) => uri(balancer.port),
-            Self::Reference(reference) => uri(reference.program.port),
+            Self::Balanced(balancer, _) => balancer.uri(EXPORT),
+            Self::Reference(reference) => {
+                format!("nbd://127.0.0.1:{}/{EXPORT}", reference.program.port)
+            }
         }
     }
 
     /// Raft's term: a change means that the leader has changed in a measurement.
     pub(crate) fn term(&self) -> Option<f64> {
         match self {
-            Self::Cluster(cluster) | Self::Balanced(cluster, _) => {
+            Self::Cluster(cluster) | Self::Balanced(_, cluster) => {
                 cluster.node().metric("raft_term{shard=\"0\"}")
             }
             Self::Reference(_) => None,
         }
     }
-}
-
-fn uri(port: u16) -> String {
-    format!("nbd://127.0.0.1:{port}/{EXPORT}")
 }
 
 /// A serving cluster of this many replicas.
@@ -155,15 +152,6 @@ impl Drop for Program {
     }
 }
 
-/// A load balancer in front of a cluster.
-fn balancer(cluster: &Cluster, program: &Path) -> Result<Program> {
-    let (port, http) = (free_port()?, free_port()?);
-    let mut command = Command::new(program);
-    command.arg("--cluster").arg(cluster.cluster_file());
-    command.args([format!("--nbd=127.0.0.1:{port}"), format!("--http=127.0.0.1:{http}")]);
-    Program::start(command, port, &program.display().to_string())
-}
-
 /// Another's server.
 #[derive(Debug)]
 pub(crate) struct Reference {
@@ -173,7 +161,7 @@ pub(crate) struct Reference {
 
 impl Reference {
     fn start(kind: ServerKind, dir: &Path) -> Result<Self> {
-        let port = free_port()?;
+        let port = free_port();
         let data = dir.join(format!("{kind:?}-{port}"));
         let mut command = if kind == ServerKind::QemuWritethrough {
             let mut command = Command::new("qemu-nbd");
@@ -204,9 +192,4 @@ fn raw_file(path: &Path) -> Result<PathBuf> {
     let file = File::create(path).context("create the raw file")?;
     file.set_len(VOLUME_BYTES).context("size the raw file")?;
     Ok(path.to_owned())
-}
-
-fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0").context("find a free port")?;
-    Ok(listener.local_addr()?.port())
 }

@@ -17,7 +17,7 @@ pub(crate) fn run(root: &Path, no_install: bool) -> Totals {
     totals += check("deps", || deps::check(root));
     totals += check("tidy", || tidy::check(root).and_then(|()| drawings::check(root)));
     let started = start("tests");
-    tools::ensure(!no_install);
+    tools::ensure(root, !no_install);
     let tests = test::run(root, &[]);
     end("tests", tests.is_success(), started);
     totals += tests;

@@ -18,7 +18,7 @@ const DEVELOPMENT_ONLY: [&str; 4] = ["nbd-testkit", "nbd-sim", "cinderblock-benc
 /// Crates that take bytes and events and give bytes and effects: no runtime, no transport, no
 /// command line, so that every test and simulation can run them unchanged. Nor untyped errors:
 /// their callers tell one failure from another.
-const PURE: [&str; 7] = [
+const PURE: [&str; 8] = [
     "nbd-proto",
     "nbd-topology",
     "nbd-log",
@@ -26,6 +26,7 @@ const PURE: [&str; 7] = [
     "nbd-consensus",
     "nbd-shard",
     "nbd-session",
+    "nbd-relay",
 ];
 
 /// What [`PURE`] crates must not reach, by whatever way.
@@ -74,13 +75,10 @@ pub(crate) fn check(root: &Path) -> anyhow::Result<()> {
 }
 
 fn metadata(root: &Path) -> anyhow::Result<serde_json::Value> {
-    let rustc = process::output(std::process::Command::new("rustc").arg("-vV"))?;
-    let rustc = String::from_utf8_lossy(&rustc).into_owned();
-    let host = rustc.lines().find_map(|line| line.strip_prefix("host: "));
     let mut command = process::cargo(root);
     command.args(["metadata", "--format-version", "1", "--locked"]);
     // Without it, cargo downloads what only other platforms need.
-    command.arg("--filter-platform").arg(host.context("rustc -vV names no host")?);
+    command.arg("--filter-platform").arg(process::host()?);
     Ok(serde_json::from_slice(&process::output(&mut command)?)?)
 }
 

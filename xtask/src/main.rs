@@ -63,18 +63,9 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Build in release, and kill, pause and cut off replicas under a verified load.
-    Chaos {
-        /// How long.
-        #[arg(long, default_value_t = 5.0)]
-        minutes: f64,
-        /// Repeats the schedule of an earlier run. Default: a random one, which is printed.
-        #[arg(long)]
-        seed: Option<u64>,
-        /// Where the nodes keep their data. Default: the system's directory for temporary files.
-        #[arg(long)]
-        dir: Option<std::path::PathBuf>,
-    },
+    /// Build in release, and kill, pause and cut off replicas, and load balancers if there are any,
+    /// under a verified load.
+    Chaos(chaos::Args),
     /// Build in release and run the simulation.
     Sim {
         /// Passed on to the simulation: `--seeds 10000`, or `--seed 4711` to see one again.
@@ -99,7 +90,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
     let root = process::workspace_root();
     match command {
         Command::Test { no_install, args } => {
-            tools::ensure(!no_install);
+            tools::ensure(&root, !no_install);
             Ok(test::run(&root, &args).report())
         }
         Command::Ci { no_install } => Ok(ci::run(&root, no_install).report()),
@@ -107,6 +98,6 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Tidy => tidy::check(&root).and_then(|()| drawings::check(&root)).map(|()| true),
         Command::Bench { args } => bench::run(&root, &args).map(|()| true),
         Command::Sim { args } => sim::run(&root, &args).map(|()| true),
-        Command::Chaos { minutes, seed, dir } => chaos::run(&root, minutes, seed, dir),
+        Command::Chaos(args) => chaos::run(&root, args),
     }
 }

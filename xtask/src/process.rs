@@ -19,6 +19,17 @@ pub(crate) fn cargo(root: &Path) -> Command {
     command
 }
 
+/// The name of the platform that this machine compiles for by itself.
+///
+/// # Errors
+/// rustc fails, or does not say.
+pub(crate) fn host() -> anyhow::Result<String> {
+    let said = output(Command::new("rustc").arg("-vV"))?;
+    let said = String::from_utf8_lossy(&said);
+    let host = said.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).context("rustc -vV names no host")
+}
+
 /// Runs `command` with its output going where ours goes.
 ///
 /// # Errors

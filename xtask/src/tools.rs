@@ -5,7 +5,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::process;
+use crate::{process, test};
+
+mod python;
 
 /// A program that tests run, and the Debian package that has it.
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +20,7 @@ const fn tool(binary: &'static str, package: &'static str) -> Tool {
     Tool { binary, package }
 }
 
-const TOOLS: [Tool; 13] = [
+const TOOLS: [Tool; 17] = [
     tool("nbdinfo", "libnbd-bin"),
     tool("nbdcopy", "libnbd-bin"),
     // Part of libnbd-bin on bookworm and later; it mounts through fusermount3.
@@ -30,15 +32,31 @@ const TOOLS: [Tool; 13] = [
     tool("qemu-io", "qemu-utils"),
     tool("qemu-nbd", "qemu-utils"),
     tool("fio", "fio"),
+    // For the tools in Python.
+    tool("python3", "python3-venv"),
     tool("mke2fs", "e2fsprogs"),
     tool("e2fsck", "e2fsprogs"),
     tool("debugfs", "e2fsprogs"),
+    // A terminal for `nbdctl top` and its like.
+    tool("tmux", "tmux"),
+    tool("promtool", "prometheus"),
+    tool("systemd-analyze", "systemd"),
 ];
 
-/// Sees to it that the test tools are there: as root on a Debian-like system by installing what is
-/// missing, elsewhere by saying how. Never fails: tests that need a missing tool are skipped and
-/// counted as such.
-pub(crate) fn ensure(may_install: bool) {
+/// Sees to it that the test tools are there: programs of the system, and those in Python, which go
+/// into the target directory. Never fails: tests that need a missing tool are skipped and counted
+/// as such.
+pub(crate) fn ensure(root: &Path, may_install: bool) {
+    ensure_programs(may_install);
+    match test::target_directory(root) {
+        Ok(target) => python::ensure(&target, may_install),
+        Err(error) => println!("no directory for tools in Python: {error:#}"),
+    }
+}
+
+/// Sees to it that the system's programs are there: as root on a Debian-like system by installing
+/// what is missing, elsewhere by saying how.
+fn ensure_programs(may_install: bool) {
     let missing = missing();
     if missing.is_empty() {
         return;

@@ -15,7 +15,7 @@ const SMALL_REQUEST_BYTES_MAX: u64 = 128 << 10;
 /// A share of the budget; gives its bytes back when dropped.
 #[derive(Debug)]
 pub struct BytePermit {
-    _permit: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
     waiting: Arc<AtomicUsize>,
 }
 
@@ -25,6 +25,15 @@ impl BytePermit {
     #[must_use]
     pub fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// A share of `bytes` for itself, taken out of this one; what is left of this if that is less.
+    #[must_use]
+    pub fn split(&mut self, bytes: u64) -> Self {
+        let left = self.permit.num_permits();
+        let count = usize::try_from(bytes).unwrap_or(usize::MAX).min(left);
+        let permit = self.permit.split(count).expect("no more than is left");
+        Self { permit, waiting: Arc::clone(&self.waiting) }
     }
 }
 
@@ -51,7 +60,7 @@ impl Pool {
     }
 
     fn permit(&self, permit: OwnedSemaphorePermit) -> BytePermit {
-        BytePermit { _permit: permit, waiting: Arc::clone(&self.waiting) }
+        BytePermit { permit, waiting: Arc::clone(&self.waiting) }
     }
 }
 
@@ -134,6 +143,22 @@ mod tests {
         drop(all);
         waiter.await.unwrap();
         assert!(!budget.acquire(1 << 20).await.is_wanted());
+    }
+
+    #[tokio::test]
+    async fn a_share_goes_back_part_by_part() {
+        let budget = ByteBudget::new(64 << 20);
+        let mut all = budget.acquire(48 << 20).await;
+        let part = all.split(16 << 20);
+        assert!(budget.try_acquire(16 << 20).is_none(), "both are held");
+        drop(part);
+        assert!(budget.try_acquire(17 << 20).is_none());
+        assert!(budget.try_acquire(16 << 20).is_some());
+        let rest = all.split(u64::MAX);
+        drop(all);
+        assert!(budget.try_acquire(17 << 20).is_none(), "nothing was left in it");
+        drop(rest);
+        assert!(budget.try_acquire(48 << 20).is_some());
     }
 
     #[tokio::test]

@@ -26,6 +26,13 @@ pub const INPUT_READ_BYTES: usize = 64 << 10;
 /// reads do not hold up the other connections of the same worker.
 pub const INLINE_READ_BYTES_MAX: u64 = 128 << 10;
 
+/// Requests of a connection that a leader may ask to be traced.
+pub const TRACED_MAX: u32 = 1000;
+
+/// Longest name of a process that serves clients, in bytes: longer ones do not fit into what
+/// leaders are told of a session.
+pub const PROCESS_NAME_BYTES_MAX: usize = nbd_relay::HELLO_TEXT_BYTES_MAX;
+
 /// Time a client has to finish the handshake, counted from the connection (CVE-2024-7409).
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -58,8 +65,12 @@ pub const STALL_POLL: Duration = Duration::from_millis(500);
 /// Longest wait, at the end of a connection, for the client to take its last replies and close.
 pub const LINGER: Duration = Duration::from_secs(1);
 
-/// Bytes in one piece of a read that comes from another node, at most. More is taken for damage.
-pub const PIECE_BYTES_MAX: usize = 1 << 20;
+/// Whether `bytes` in `elapsed` is too slow for a connection that others wait for.
+#[must_use]
+pub fn is_slow(bytes: u64, elapsed: Duration) -> bool {
+    elapsed >= SHORT_STALL_MAX
+        && u128::from(bytes) * 1000 < u128::from(SHORT_RATE_MIN) * elapsed.as_millis()
+}
 
 const _: () = assert!(MUTATIONS_IN_FLIGHT_MAX as u64 == nbd_store::limits::SESSION_WINDOW);
 const _: () = assert!(MUTATIONS_IN_FLIGHT_MAX > 33, "one maximal write must fit the window");

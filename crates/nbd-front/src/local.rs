@@ -7,15 +7,18 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
+use nbd_relay::Caller;
+use nbd_service::trace::{Context, Span};
 use nbd_session::{Query, QueryId};
-use nbd_store::{Outcome, SessionId, SpaceGrant, VolumeId, VolumeInfo};
+use nbd_store::{Epoch, Outcome, SessionId, SpaceGrant, VolumeId, VolumeInfo};
 use tokio::sync::mpsc;
 
 use crate::budget::BytePermit;
 use crate::route::{GroupStopped, RunError};
-use crate::shard_client::{Answered, ReadData};
+use crate::shard_client::{Answered, ReadBuffer};
 
 /// A future of a trait object.
 pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -34,6 +37,23 @@ pub struct Granted {
     pub share: Share,
     /// The room, kept for it until this is dropped.
     pub grant: SpaceGrant,
+    /// When it came, by the replica's own clock, which this crate does not read.
+    pub arrived_ns: u64,
+    /// The leader's part of its trace, if it is traced.
+    pub trace: Option<Span>,
+}
+
+/// A session that the log has opened or resumed, as it is attached.
+#[derive(Debug, Clone)]
+pub struct Attaching {
+    /// The session.
+    pub session: SessionId,
+    /// The epoch that it was opened with.
+    pub epoch: Epoch,
+    /// The volume it is for.
+    pub volume: VolumeId,
+    /// Whom it is for, as operators are told.
+    pub caller: Caller,
 }
 
 /// A shard's replica in this process. A load balancer has none.
@@ -51,11 +71,11 @@ pub trait LocalReplica: fmt::Debug + Send + Sync {
     fn volumes(&self) -> Boxed<'_, Result<Vec<VolumeInfo>, RunError>>;
 
     /// Attaches a session, which the log has opened. What comes of its requests goes to `answers`,
-    /// which has room for all that the session may have under way: sending never waits.
+    /// which has room for all that the session may have under way, and for
+    /// [`Answered::Ended`]: sending never waits.
     fn attach(
         &self,
-        session: SessionId,
-        volume: VolumeId,
+        session: Attaching,
         answers: mpsc::Sender<Answered>,
     ) -> Box<dyn LocalAttachment>;
 }
@@ -64,18 +84,29 @@ pub trait LocalReplica: fmt::Debug + Send + Sync {
 /// then is carried out.
 pub trait LocalAttachment: fmt::Debug + Send + Sync {
     /// Proposes a mutation of the session once the disk has room for it: at once if that is plain,
-    /// else [`Answered::Granted`] comes first. Waits in turn while the group's mailbox is full.
-    fn mutate(&self, command: Bytes, share: Share) -> Boxed<'_, Result<(), GroupStopped>>;
+    /// else [`Answered::Granted`] comes first. Waits in turn while the group's mailbox is full. If
+    /// it is traced, `trace` is the span above.
+    fn mutate(
+        &self,
+        command: Bytes,
+        share: Share,
+        trace: Option<Context>,
+    ) -> Boxed<'_, Result<(), GroupStopped>>;
 
     /// Proposes a mutation that room was found for.
     fn propose(&self, granted: Granted) -> Boxed<'_, Result<(), GroupStopped>>;
 
-    /// Answers a query, elsewhere than on the caller's task.
-    fn query(&self, id: QueryId, query: Query);
+    /// Answers a query, elsewhere than on the caller's task. If it is traced, `trace` is the span
+    /// above.
+    fn query(&self, id: QueryId, query: Query, trace: Option<Context>);
 
     /// Reads a range into `data` at once: if this replica may answer alone, and can without waiting
     /// for the disk. Otherwise `false`, with anything in `data`: ask by [`Self::query`].
-    fn try_read(&self, offset: u64, len: u64, holes: bool, data: &mut ReadData) -> bool;
+    fn try_read(&self, offset: u64, len: u64, holes: bool, data: &mut ReadBuffer) -> bool;
+
+    /// The session has got a mutation's verdict that was given at this time
+    /// ([`Answered::Mutation`]).
+    fn got(&self, given: Instant);
 
     /// Proposes the command that closes the session, behind all that it has proposed, so that the
     /// log ends it only after its last mutation. Nobody is told what comes of it.

@@ -9,11 +9,49 @@
 //! | `nbd_request_bytes_total` | `op` | bytes covered by requests that succeeded |
 //! | `nbd_requests_refused_total` | | requests that broke a rule of the protocol or of the export |
 //! | `nbd_requests_failed_total` | | valid requests that were answered with an error |
+//! | `nbd_sessions` | `shard` | sessions attached to a volume of the shard now |
+//! | `nbd_received_bytes_total` | `shard` | bytes that came from their clients, behind the handshake |
+//! | `nbd_sent_bytes_total` | `shard` | bytes that went to their clients, behind the handshake |
+//! | `nbd_requests_pending` | `shard` | requests received and not answered yet |
+//! | `nbd_failovers_total` | `shard` | times that a session was resumed at another leader than before |
+//! | `nbd_stall_seconds` | `shard` | how long a client waited because its session's leader was lost or moved: from the loss, or its first request behind it, to the first answer of the next attachment |
+//!
+//! Of requests whose bytes are only moved (the load balancer's mode `splice`), no more is counted
+//! than bytes: `nbd_requests_*`, failovers and stalls are then those of the replica attached to.
 
 use std::time::Duration;
 
-use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use metrics::{Counter, Gauge, Histogram, Unit, counter, gauge, histogram};
+use metrics::{describe_counter, describe_gauge, describe_histogram};
 use nbd_proto::CommandKind;
+use nbd_topology::ShardId;
+
+fn describe() {
+    for (name, help) in [
+        ("nbd_requests_seconds", "Time from a request's last byte to its reply being queued."),
+        ("nbd_stall_seconds", "How long a client waited because its leader was lost or moved."),
+    ] {
+        describe_histogram!(name, Unit::Seconds, help);
+    }
+    for (name, help) in [
+        ("nbd_connections_refused_total", "Connections closed because there were too many."),
+        ("nbd_request_bytes_total", "Bytes covered by requests that succeeded."),
+        ("nbd_requests_refused_total", "Requests that broke a rule of protocol or export."),
+        ("nbd_requests_failed_total", "Valid requests that were answered with an error."),
+        ("nbd_received_bytes_total", "Bytes that came from clients, behind the handshake."),
+        ("nbd_sent_bytes_total", "Bytes that went to clients, behind the handshake."),
+        ("nbd_failovers_total", "Times that a session was resumed at another leader."),
+    ] {
+        describe_counter!(name, help);
+    }
+    for (name, help) in [
+        ("nbd_connections", "Connections now, in handshake or attached."),
+        ("nbd_sessions", "Sessions attached to a volume of the shard now."),
+        ("nbd_requests_pending", "Requests received and not answered yet."),
+    ] {
+        describe_gauge!(name, help);
+    }
+}
 
 /// Of the connections and their requests.
 pub(crate) struct NbdMetrics {
@@ -47,8 +85,9 @@ impl std::fmt::Debug for NbdMetrics {
 }
 
 impl NbdMetrics {
-    /// Registers them with the process's recorder.
+    /// Registers them with the process's recorder, and says what they and those of the shards mean.
     pub(crate) fn new() -> Self {
+        describe();
         Self {
             connections: gauge!("nbd_connections"),
             connections_refused: counter!("nbd_connections_refused_total"),
@@ -69,4 +108,41 @@ impl NbdMetrics {
             bytes.increment(len);
         }
     }
+}
+
+/// Of one shard's sessions.
+pub(crate) struct ShardMetrics {
+    pub(crate) sessions: Gauge,
+    pub(crate) received_bytes: Counter,
+    pub(crate) sent_bytes: Counter,
+    pub(crate) requests_pending: Gauge,
+    pub(crate) failovers: Counter,
+    pub(crate) stall: Histogram,
+}
+
+impl std::fmt::Debug for ShardMetrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ShardMetrics").finish_non_exhaustive()
+    }
+}
+
+impl ShardMetrics {
+    /// Registers them with the process's recorder.
+    pub(crate) fn new(shard: ShardId) -> Self {
+        let shard = shard.to_string();
+        Self {
+            sessions: gauge!("nbd_sessions", "shard" => shard.clone()),
+            received_bytes: counter!("nbd_received_bytes_total", "shard" => shard.clone()),
+            sent_bytes: counter!("nbd_sent_bytes_total", "shard" => shard.clone()),
+            requests_pending: gauge!("nbd_requests_pending", "shard" => shard.clone()),
+            failovers: counter!("nbd_failovers_total", "shard" => shard.clone()),
+            stall: histogram!("nbd_stall_seconds", "shard" => shard),
+        }
+    }
+}
+
+/// A count as gauges take it.
+#[expect(clippy::cast_precision_loss, reason = "gauges are floats; 2^53 is far away")]
+pub(crate) const fn float(count: u64) -> f64 {
+    count as f64
 }

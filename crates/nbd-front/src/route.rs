@@ -31,9 +31,20 @@ pub struct LeaderAt {
     pub local: bool,
 }
 
+/// A node's NBD server, which can be attached to for any volume of the shards that the node hosts,
+/// whoever leads them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NbdAt {
+    /// The node.
+    pub node: NodeName,
+    /// Host and port.
+    pub nbd: String,
+}
+
 impl Route {
     /// The leader, if there is one that can be asked.
-    pub(crate) fn usable(&self) -> Option<&LeaderAt> {
+    #[must_use]
+    pub fn usable(&self) -> Option<&LeaderAt> {
         self.leader.as_ref().filter(|leader| !leader.local || self.serving)
     }
 

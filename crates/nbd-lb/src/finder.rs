@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  node ══ShardView══▶ follower (one an address) ─┐
-//!  node ══ShardView══▶ follower ──────────────────┼─Heard─▶ shard task ──Route──▶ watch
-//!  node ══ShardView══▶ follower ──────────────────┘          (Routes)  ──status─▶ watch
+//!  node ══ShardView══▶ follower ──────────────────┼─Heard─▶ shard task ──Route───▶ watch
+//!  node ══ShardView══▶ follower ──────────────────┘          (Routes)  ──servers─▶ watch
+//!                                                                      ──status──▶ watch
 //!
 //!  task         ends when                                then
 //!  shard task   it is told to stop                       its followers end
@@ -16,7 +17,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use nbd_front::{Links, Route};
+use nbd_front::{Links, NbdAt, Route};
 use nbd_rpc::identity::{node_name, replica_id};
 use nbd_rpc::{InvalidAddress, Refusal, is_refusal, reason, v1};
 use nbd_service::ClusterConfig;
@@ -28,7 +29,7 @@ use tonic::Status;
 use tracing::{debug, info, warn};
 
 use crate::metrics::ShardMetrics;
-use crate::routes::{Place, Routes, View};
+use crate::routes::{ConfiguredNode, Place, Routes, View};
 
 /// First wait before a stream that was lost, or did not come about, is opened again; doubled each
 /// time up to [`BACKOFF_MAX`], and shortened by up to a half at random.
@@ -55,6 +56,7 @@ pub struct Finder {
 #[derive(Debug, Clone)]
 struct ShardFinder {
     route: watch::Receiver<Route>,
+    servers: watch::Receiver<Vec<NbdAt>>,
     status: watch::Receiver<ShardStatus>,
 }
 
@@ -82,9 +84,13 @@ impl Finder {
         let shards = cluster.shard_map().shards();
         let shards = shards.map(|(shard, nodes)| {
             let nodes = nodes.iter().filter_map(|name| cluster.node(name));
-            let configured = nodes.map(|node| node.addresses.grpc.to_string());
-            let routes = Routes::new(configured);
-            let (task, finder) = ShardTask::new(cluster.name(), shard, routes, links.clone());
+            let nodes = nodes.map(|node| ConfiguredNode {
+                node: node.name.clone(),
+                grpc: node.addresses.grpc.to_string(),
+                nbd: node.addresses.nbd.to_string(),
+            });
+            let nodes = nodes.collect();
+            let (task, finder) = ShardTask::new(cluster.name(), shard, nodes, links.clone());
             tokio::spawn(task.run(stop.clone()));
             finder
         });
@@ -95,6 +101,13 @@ impl Finder {
     #[must_use]
     pub fn route(&self, shard: ShardId) -> Option<watch::Receiver<Route>> {
         Some(self.shard(shard)?.route.clone())
+    }
+
+    /// Where the shard's volumes are served over NBD, best first, now and as that changes. `None`
+    /// if there is no such shard.
+    #[must_use]
+    pub fn servers(&self, shard: ShardId) -> Option<watch::Receiver<Vec<NbdAt>>> {
+        Some(self.shard(shard)?.servers.clone())
     }
 
     /// How the search for the shard's leader stands, now and as it changes.
@@ -125,6 +138,8 @@ enum Heard {
 struct ShardTask {
     cluster: ClusterName,
     shard: ShardId,
+    /// The shard's nodes as they are configured.
+    configured: Vec<ConfiguredNode>,
     routes: Routes,
     links: Links,
     /// By address; the same addresses as the contacts of `routes`.
@@ -132,6 +147,7 @@ struct ShardTask {
     heard_tx: mpsc::Sender<(String, Heard)>,
     heard: mpsc::Receiver<(String, Heard)>,
     route: watch::Sender<Route>,
+    servers: watch::Sender<Vec<NbdAt>>,
     status: watch::Sender<ShardStatus>,
     metrics: ShardMetrics,
 }
@@ -140,22 +156,30 @@ impl ShardTask {
     fn new(
         cluster: &ClusterName,
         shard: ShardId,
-        routes: Routes,
+        configured: Vec<ConfiguredNode>,
         links: Links,
     ) -> (Self, ShardFinder) {
         let (heard_tx, heard) = mpsc::channel(HEARD_MAX);
+        let routes = Routes::new(configured.iter().map(|node| node.grpc.clone()));
         let route = watch::Sender::new(routes.route().clone());
         let status = watch::Sender::new(status(shard, &routes));
-        let finder = ShardFinder { route: route.subscribe(), status: status.subscribe() };
+        let servers = watch::Sender::new(Vec::new());
+        let finder = ShardFinder {
+            route: route.subscribe(),
+            servers: servers.subscribe(),
+            status: status.subscribe(),
+        };
         let task = Self {
             cluster: cluster.clone(),
             shard,
+            configured,
             routes,
             links,
             followers: HashMap::new(),
             heard_tx,
             heard,
             route,
+            servers,
             status,
             metrics: ShardMetrics::new(shard),
         };
@@ -190,13 +214,10 @@ impl ShardTask {
         if moved {
             self.tell_move();
         }
+        send_changed(&self.servers, self.routes.servers(&self.configured));
         let status = status(self.shard, &self.routes);
         self.metrics.status(&status);
-        self.status.send_if_modified(|old| {
-            let changed = *old != status;
-            *old = status;
-            changed
-        });
+        send_changed(&self.status, status);
         self.followers.retain(|address, _| self.routes.is_contact(address));
         for address in self.routes.contacts() {
             if !self.followers.contains_key(address) {
@@ -227,6 +248,15 @@ impl ShardTask {
         };
         AbortOnDropHandle::new(tokio::spawn(follower.run()))
     }
+}
+
+/// Makes something known if it is news.
+fn send_changed<T: PartialEq>(sender: &watch::Sender<T>, now: T) {
+    sender.send_if_modified(|before| {
+        let changed = *before != now;
+        *before = now;
+        changed
+    });
 }
 
 fn status(shard: ShardId, routes: &Routes) -> ShardStatus {
@@ -348,10 +378,13 @@ fn view_from(view: v1::ShardView) -> Result<View, Refusal> {
 
 fn place_from(at: v1::ReplicaAddress) -> Result<Place, Refusal> {
     let (replica, node) = (replica_id(at.replica)?, node_name(&at.node)?);
-    if at.grpc.parse::<nbd_service::HostPort>().is_err() {
-        return Err(Refusal::Malformed("an address that is not host:port"));
+    let nbd = Some(at.nbd).filter(|nbd| !nbd.is_empty());
+    for address in [Some(&at.grpc), nbd.as_ref()].into_iter().flatten() {
+        if address.parse::<nbd_service::HostPort>().is_err() {
+            return Err(Refusal::Malformed("an address that is not host:port"));
+        }
     }
-    Ok(Place { replica, node, grpc: at.grpc })
+    Ok(Place { replica, node, grpc: at.grpc, nbd })
 }
 
 /// The wait between attempts.
@@ -388,6 +421,7 @@ mod tests {
             replica,
             node: format!("n{replica}"),
             grpc: grpc.to_owned(),
+            nbd: String::new(),
         };
         v1::ShardView {
             replica: 2,
@@ -417,6 +451,7 @@ mod tests {
             |at: &mut v1::ReplicaAddress| at.replica = 0,
             |at: &mut v1::ReplicaAddress| at.node = "no name".to_owned(),
             |at: &mut v1::ReplicaAddress| at.grpc = "nowhere".to_owned(),
+            |at: &mut v1::ReplicaAddress| at.nbd = "nowhere".to_owned(),
         ] {
             let mut view = wire();
             break_it(view.members[0].at.as_mut().unwrap());

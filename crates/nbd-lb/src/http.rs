@@ -2,7 +2,7 @@
 //!
 //! A leader that is reached says so over a stream that lasts. A node that freezes or is cut off
 //! loses its stream within about two seconds, and a leader that loses its majority steps down
-//! within an election timeout: so a 200 tells of the last seconds, and asking costs the nodes
+//! within three election timeouts: so a 200 tells of the last seconds, and asking costs the nodes
 //! nothing.
 
 use std::sync::Arc;

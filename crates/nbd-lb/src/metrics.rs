@@ -8,10 +8,23 @@
 //! | `lb_shard_streams` | `shard` | of them, those that a stream is open from |
 //! | `lb_route_changes_total` | `shard` | times that the route led to another leader |
 
-use metrics::{Counter, Gauge, counter, gauge};
+use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use nbd_topology::ShardId;
 
 use crate::finder::ShardStatus;
+
+/// Says what each metric means.
+pub(crate) fn describe() {
+    for (name, help) in [
+        ("lb_shard_reached", "1 while the shard's leader says that it can be asked, else 0."),
+        ("lb_shard_term", "Raft term of the route to the shard's leader."),
+        ("lb_shard_contacts", "Addresses at which nodes of the shard are looked for."),
+        ("lb_shard_streams", "Nodes of the shard that a stream is open from."),
+    ] {
+        describe_gauge!(name, help);
+    }
+    describe_counter!("lb_route_changes_total", "Times that the route led to another leader.");
+}
 
 /// Of one shard.
 pub(crate) struct ShardMetrics {

@@ -14,6 +14,7 @@
 //!    back in a moment, and to wait for it costs no more than to wait for its successor. It is
 //!    forgotten only when another is named, or when its own stream says that it does not lead.
 
+mod servers;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use nbd_front::{LeaderAt, Route};
 use nbd_topology::{NodeName, ReplicaId, Term};
+
+pub use servers::ConfiguredNode;
 
 /// Contacts of one shard. A shard has at most 7 replicas by configuration, and a few more while
 /// they are replaced; each may be known by its configured address and by another from each of the
@@ -36,6 +39,8 @@ pub struct Place {
     pub node: NodeName,
     /// Host and port, seen from whoever says so.
     pub grpc: String,
+    /// Where the node's NBD server is, in the same way, if that was said.
+    pub nbd: Option<String>,
 }
 
 /// What a node says of the shard. `serving` implies that `leader` is the node's own `replica`.
@@ -190,7 +195,7 @@ impl Routes {
 
     fn claims(&self) -> impl Iterator<Item = Claim> {
         self.open().filter_map(|(address, view)| {
-            let Place { replica, node, grpc } = view.leader.clone()?;
+            let Place { replica, node, grpc, .. } = view.leader.clone()?;
             let grpc = if view.serving {
                 address.to_owned()
             } else if self.own_word(replica).is_none() {

@@ -15,6 +15,9 @@
 //!  checkpoint thread  told to stop, after the log thread     all is home; the lock is released
 //! ```
 //!
+//! When all nodes of a cluster stop at once, nobody hands leadership over, and no group ends before
+//! all connections have: [`Replica::drain`], then [`Replica::finish`].
+//!
 //! A failure of the disk ends the group tasks at once; [`Replica::failed`] then tells the process
 //! to stop.
 //!
@@ -36,24 +39,32 @@ use nbd_front::{Access, ByteBudget, Front, Links, Listener, Route, end_earlier_s
 use nbd_log::io::{DiskLock, FileDisk};
 use nbd_service::http::serve_http;
 use nbd_service::telemetry::PrometheusHandle;
-use nbd_service::{HostPort, Readiness, Shutdown, health};
+use nbd_service::trace::{HttpTraces, Service, Tracer};
+use nbd_service::{HostPort, Readiness, Shutdown, health, trace};
 use nbd_store::{NodeStore, OpenError, Owner, StoreOptions};
 use nbd_topology::{NodeName, ShardId};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 use xxhash_rust::xxh3::xxh3_64;
 
-use self::services::Services;
+use self::services::{ForCallers, Services};
 use self::shards::ShardStarter;
+use crate::admin_service::avoided;
 use crate::checkpoint_thread::{CheckpointHandle, CheckpointThread, DAMAGED_MAX};
 use crate::config::{Config, RAFT_TICK};
 use crate::failure::Failure;
 use crate::group_task::{self, GroupHandle, GroupKeeper};
-use crate::hosted::{AttachedSessions, CorruptReads, HostedShard, Hosting, Room, expire_sessions};
+use crate::hosted::{
+    Attachments, CorruptReads, HostedShard, Hosting, Room, end_attachments, expire_sessions,
+};
 use crate::http::{Health, ShardProbe};
 use crate::log_thread;
+use crate::metrics::ReplyMetrics;
+use crate::node_port::NodePort;
+use crate::relay_service::RelayService;
 use crate::session_service;
 
 /// A running node.
@@ -64,6 +75,8 @@ pub struct Replica {
     grpc: SocketAddr,
     http: SocketAddr,
     failure: Failure,
+    /// Why the node is to end, once its peers have done without it for long.
+    isolated: watch::Receiver<Option<String>>,
     readiness: Readiness,
     abandon: CancellationToken,
     shutdown: Shutdown,
@@ -79,6 +92,7 @@ pub struct Replica {
     log_thread: thread::JoinHandle<()>,
     checkpoints: CheckpointHandle,
     checkpoint_thread: thread::JoinHandle<()>,
+    tracer: Tracer,
     /// Keeps other processes out of the data directory; let go last.
     lock: Box<dyn DiskLock>,
 }
@@ -136,6 +150,7 @@ impl Replica {
     /// # Errors
     /// See [`StartError`]. Nothing is left running.
     pub async fn start(config: Config, metrics: PrometheusHandle) -> Result<Self, StartError> {
+        crate::metrics::describe();
         let listener = bind("NBD", &config.listen.nbd).await?;
         let grpc = bind("gRPC", &config.listen.grpc).await?;
         let http = bind("HTTP", &config.listen.http).await?;
@@ -147,10 +162,17 @@ impl Replica {
 
         let store = open_store(&config).await?;
         let (failure, shutdown) = (Failure::default(), Shutdown::new());
+        let service = Service {
+            name: "nbd-replica",
+            instance: config.node.as_str(),
+            version: env!("CARGO_PKG_VERSION"),
+        };
+        let tracer = Tracer::start(&config.trace, service);
         let (checkpoints, abandon) = (CheckpointHandle::new(), CancellationToken::new());
         let directory = store.identity.directory;
         let NodeStore { log, log_reader, segments, checkpointer, shards, space, lock, .. } = store;
         let (log_handle, log_thread) = log_thread::spawn(
+            &config.node,
             log,
             Arc::clone(&segments),
             checkpoints.clone(),
@@ -178,7 +200,7 @@ impl Replica {
             damaged: damaged_tx.clone(),
             failure: failure.clone(),
         }
-        .spawn()
+        .spawn(&config.node)
         .map_err(StartError::Thread)?;
 
         let services = Services::new(
@@ -198,6 +220,7 @@ impl Replica {
             failure: failure.clone(),
             abandon: abandon.clone(),
             shutdown: shutdown.clone(),
+            tracer: tracer.clone(),
         };
         let resync = starter.start_all(recovered, &groups);
         let access = Arc::new(Access {
@@ -206,6 +229,7 @@ impl Replica {
                 node: xxh3_64(config.node.as_str().as_bytes()),
                 incarnation: incarnation(),
             },
+            name: config.node.as_str().into(),
             links: Links::default(),
             shutdown: shutdown.clone(),
         });
@@ -214,10 +238,12 @@ impl Replica {
             repair: services.repair(),
             shutdown: shutdown.clone(),
             corrupt: CorruptReads::new(),
+            tracer: tracer.clone(),
+            replies: ReplyMetrics::new(),
         });
         let hosted = |group: &GroupHandle| {
             let (group, hosting) = (group.clone(), Arc::clone(&hosting));
-            let attached = AttachedSessions::default();
+            let attached = Attachments::default();
             (group.shard(), HostedShard { group, attached, hosting })
         };
         let hosted: HashMap<_, _> = handles.iter().map(hosted).collect();
@@ -228,13 +254,19 @@ impl Replica {
             shutdown.spawn(end_earlier_sessions(clients[id].clone()));
             let expiry = config.tuning.session_expiry.get();
             shutdown.spawn(expire_sessions(shard.clone(), expiry));
+            shutdown.spawn(end_attachments(shard.clone()));
         }
         let sessions = session_service::service(
             access.cluster.clone(),
             hosted.clone(),
             Some(services.addresses()),
         );
-        services.serve(grpc, &config, sessions, &resync, damaged);
+        let relays = RelayService::new(access.cluster.clone(), hosted.clone(), shutdown.clone());
+        let (port, callers) = NodePort::new(grpc, relays);
+        let incarnation = access.owner.incarnation;
+        let callers = ForCallers { callers, sessions, hosted: hosted.clone(), incarnation };
+        services.serve(port, callers, &config, &resync, damaged);
+        let isolated = services.watch_isolation(&config, &resync);
 
         let readiness = serve_readiness(&handles, &shutdown);
         let probe = |group: &GroupHandle| {
@@ -249,14 +281,21 @@ impl Replica {
             shards: handles.iter().map(probe).collect(),
             checkpoints: checkpoints.clone(),
         };
-        serve_probes(http, metrics, health, &readiness, &shutdown);
         let front = Front::new(
             config.cluster.shard_count(),
             clients,
             config.volumes,
             ByteBudget::new(config.tuning.request_bytes_max.bytes()),
             shutdown.clone(),
-        );
+        )
+        .traced(tracer.clone());
+        let traces = HttpTraces { tracer: tracer.clone(), by_chance: false };
+        let traced = axum::middleware::from_fn_with_state(traces, trace::traced);
+        let router = health::probes(readiness.clone(), metrics)
+            .merge(crate::http::router(Arc::new(health)))
+            .merge(front.sessions().router())
+            .layer(traced);
+        serve_router(http, router, &shutdown);
         let connections_max = config.tuning.connections_max as usize;
         shutdown.spawn(Listener::new(listener, Arc::new(front), connections_max).run());
         info!(node = %config.node, nbd = %nbd_address, grpc = %grpc_address, http = %http_address,
@@ -267,6 +306,7 @@ impl Replica {
             grpc: grpc_address,
             http: http_address,
             failure,
+            isolated,
             readiness,
             abandon,
             shutdown,
@@ -280,6 +320,7 @@ impl Replica {
             log_thread,
             checkpoints,
             checkpoint_thread,
+            tracer,
             lock,
         })
     }
@@ -319,6 +360,17 @@ impl Replica {
         self.failure.wait().await
     }
 
+    /// Waits until the node is to end itself because its peers do without it, and gives the reason.
+    /// Never, unless that was configured.
+    pub async fn isolated(&self) -> String {
+        let mut isolated = self.isolated.clone();
+        match isolated.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            // Whoever would say so has ended, or was never there.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// Stops: finishes what is under way, within the configured deadline, and takes a last
     /// checkpoint. What is not finished then is abandoned; nothing acknowledged is lost by it.
     ///
@@ -329,9 +381,26 @@ impl Replica {
         // First: what is under way here goes on through the next leader, and clients of other nodes
         // do not wait for this one's.
         hand_over(&self.handles).await;
+        self.drain().await;
+        self.finish().await
+    }
+
+    /// The first half of stopping all nodes of a cluster at once, when nobody is left to hand
+    /// leadership to: takes nothing new and finishes what clients have under way, within the
+    /// configured deadline. The node goes on as a replica, so that the others can do the same.
+    pub async fn drain(&self) {
+        self.readiness.drain();
         if let Err(late) = self.shutdown.drain(self.shutdown_deadline).await {
             warn!(%late, "stopping without waiting any longer");
         }
+    }
+
+    /// The second half, once every node is [drained](Self::drain): ends the groups and takes a last
+    /// checkpoint.
+    ///
+    /// # Errors
+    /// The reason, if the node's disk has failed by then.
+    pub async fn finish(self) -> Result<(), String> {
         drop(self.keepers);
         self.groups.close();
         if tokio::time::timeout(ABANDON_AFTER, self.groups.wait()).await.is_err() {
@@ -351,6 +420,7 @@ impl Replica {
             Ok((Ok(()), Ok(()))) => info!(node = %self.node, "stopped"),
             _ => warn!(node = %self.node, "a thread ended badly"),
         }
+        self.tracer.shutdown().await;
         drop(self.lock);
         self.failure.reason().map_or(Ok(()), Err)
     }
@@ -388,18 +458,21 @@ async fn hand_over(groups: &[GroupHandle]) {
     handing.join_all().await;
 }
 
-/// Asks the voters in turn, the most advanced first: one that has just started refuses. `false`: it
-/// still leads.
+/// Asks the voters in turn, the most advanced first, and those on cordoned nodes last: one that has
+/// just started refuses. `false`: it still leads.
 async fn hand_over_one(group: &GroupHandle) -> bool {
     for attempt in 0..HAND_OVER_ATTEMPTS {
         let Ok(status) = group.details().await else { return true };
+        let cordoned = avoided(&group.reader().replicas(), &group.reader().cordoned());
         let voters = status.peers.iter().filter(|peer| peer.active && !peer.learner);
-        let mut voters: Vec<_> = voters.map(|peer| (peer.matched, peer.replica)).collect();
+        let voters =
+            voters.map(|peer| (!cordoned.contains(&peer.replica), peer.matched, peer.replica));
+        let mut voters: Vec<_> = voters.collect();
         voters.sort_unstable_by(|one, other| other.cmp(one));
         if status.role != Role::Leader || voters.is_empty() {
             return true;
         }
-        let (_, next) = voters[attempt % voters.len()];
+        let (_, _, next) = voters[attempt % voters.len()];
         if group.transfer(next).await.is_err() {
             return true;
         }
@@ -493,15 +566,7 @@ fn serve_readiness(groups: &[GroupHandle], shutdown: &Shutdown) -> Readiness {
     readiness
 }
 
-fn serve_probes(
-    listener: TcpListener,
-    metrics: PrometheusHandle,
-    health: Health,
-    readiness: &Readiness,
-    shutdown: &Shutdown,
-) {
-    let router =
-        health::probes(readiness.clone(), metrics).merge(crate::http::router(Arc::new(health)));
+fn serve_router(listener: TcpListener, router: axum::Router, shutdown: &Shutdown) {
     let stop = shutdown.token();
     shutdown.spawn(async move {
         if let Err(error) = serve_http(listener, router, stop).await {

@@ -21,7 +21,7 @@ use nbd_store::{
     CheckpointError, CheckpointReport, Checkpointer, ChunkImage, DamagedChunk, FormError,
     Formation, ReceiveError, SpaceGauge,
 };
-use nbd_topology::{LogIndex, ShardId};
+use nbd_topology::{LogIndex, NodeName, ShardId};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
@@ -251,15 +251,17 @@ struct Turn {
 }
 
 impl CheckpointThread {
-    /// Starts the thread.
-    pub(crate) fn spawn(self) -> std::io::Result<thread::JoinHandle<()>> {
-        thread::Builder::new().name("checkpoint".into()).spawn(move || self.run())
+    /// Starts the thread. It is named after the node, which log lines may show.
+    pub(crate) fn spawn(self, node: &NodeName) -> std::io::Result<thread::JoinHandle<()>> {
+        let name = format!("{node}:checkpoint");
+        // Here: what this thread registers may count for its own service only.
+        let metrics = CheckpointMetrics::new();
+        thread::Builder::new().name(name).spawn(move || self.run(&metrics))
     }
 
-    fn run(mut self) {
+    fn run(mut self, metrics: &CheckpointMetrics) {
         let _guard = FailOnPanic::new(&self.failure, "checkpoint thread");
         let _finished = Finished(self.handle.clone());
-        let metrics = CheckpointMetrics::new();
         metrics.gauges(&self.segments, &self.space);
         let mut dirty_since = None;
         loop {
@@ -283,7 +285,7 @@ impl CheckpointThread {
             let aged = dirty_since.is_some_and(|since: Instant| since.elapsed() >= DIRTY_AGE_MAX);
             if asked || stop || aged || self.checkpointer.should_run() {
                 dirty_since = None;
-                let room = self.checkpoint(&metrics);
+                let room = self.checkpoint(metrics);
                 self.handle.shared.done.send_replace(wanted);
                 if !room && !stop {
                     thread::sleep(NO_SPACE_WAIT);

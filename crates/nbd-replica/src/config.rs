@@ -4,8 +4,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 use nbd_front::{InvalidDefaultSize, VolumesConfig};
+use nbd_service::trace::{self, InvalidTrace};
 use nbd_service::{ByteSize, ClusterConfig, HumanDuration, LogFormat, NodeAddresses};
 use nbd_topology::{NodeName, ShardId};
 
@@ -28,6 +29,12 @@ pub struct Args {
     /// Settings with good defaults.
     #[command(flatten)]
     pub tuning: Tuning,
+
+    /// Time after which the process ends itself, with exit code 75, if the leader of one of its
+    /// shards has not heard from it and no shard needs it: for supervisors that start it again. 0s:
+    /// never. Else at least 5s.
+    #[arg(long, env = "NBD_ISOLATION_EXIT", default_value = "0s", value_name = "TIME")]
+    pub isolation_exit: HumanDuration,
 
     /// Log lines as text or as JSON.
     #[arg(long, env = "NBD_LOG_FORMAT", default_value = "text", value_name = "text|json")]
@@ -123,6 +130,40 @@ impl Tuning {
     pub fn defaults() -> Self {
         Self::parse_from(["defaults"])
     }
+
+    /// The flags that give another process these settings, without those that have their default.
+    #[must_use]
+    pub fn flags(&self) -> Vec<String> {
+        let command = Self::command();
+        let is_default = |name: &str, value: &str| {
+            let flag = command.get_arguments().find(|flag| flag.get_long() == Some(name));
+            flag.is_some_and(|flag| flag.get_default_values().iter().any(|d| d == value))
+        };
+        let settings = self.settings().into_iter();
+        let settings = settings.filter(|(name, value)| !is_default(name, value));
+        settings.map(|(name, value)| format!("--{name}={value}")).collect()
+    }
+
+    /// Each flag by name, and its value as it would be given.
+    fn settings(&self) -> [(&'static str, String); 15] {
+        [
+            ("connections-max", self.connections_max.to_string()),
+            ("request-bytes-max", self.request_bytes_max.to_string()),
+            ("log-segment-bytes", self.log_segment_bytes.to_string()),
+            ("log-bytes-max", self.log_bytes_max.to_string()),
+            ("log-cache-bytes", self.log_cache_bytes.to_string()),
+            ("checkpoint-log-bytes", self.checkpoint_log_bytes.to_string()),
+            ("space-reserve", self.space_reserve.to_string()),
+            ("log-retention-bytes", self.log_retention_bytes.to_string()),
+            ("read-mode", self.read_mode.to_string()),
+            ("resync-bytes-per-second", self.resync_bytes_per_second.to_string()),
+            ("scrub-bytes-per-second", self.scrub_bytes_per_second.to_string()),
+            ("scrub-interval", self.scrub_interval.to_string()),
+            ("session-expiry", self.session_expiry.to_string()),
+            ("health-deadline", self.health_deadline.to_string()),
+            ("shutdown-deadline", self.shutdown_deadline.to_string()),
+        ]
+    }
 }
 
 /// How reads are answered, as a flag.
@@ -162,6 +203,9 @@ pub struct Config {
     pub(crate) shards: Vec<ShardId>,
     pub(crate) volumes: VolumesConfig,
     pub(crate) tuning: Tuning,
+    pub(crate) trace: trace::Settings,
+    /// Time after which a node without part in a shard ends itself; `None`: never.
+    pub(crate) isolation_exit: Option<Duration>,
 }
 
 /// A setting that cannot be used.
@@ -178,6 +222,9 @@ pub enum InvalidConfig {
     /// The node has no shard to serve.
     #[error("node {0} holds no shard")]
     NoShards(NodeName),
+    /// A setting of traces that makes no sense.
+    #[error(transparent)]
+    Trace(#[from] InvalidTrace),
     /// A size out of its range.
     #[error("{name} is {value}: allowed is {allowed}")]
     OutOfRange {
@@ -229,9 +276,37 @@ impl Config {
         if value.get() < Duration::from_secs(1) {
             return Err(InvalidConfig::TimeOutOfRange { name, value, allowed: "at least 1s" });
         }
-        Ok(Self { cluster, node, listen, data_dir, shards, volumes, tuning })
+        Ok(Self {
+            cluster,
+            node,
+            listen,
+            data_dir,
+            shards,
+            volumes,
+            tuning,
+            trace: trace::Settings::from_env()?,
+            isolation_exit: None,
+        })
+    }
+
+    /// The same, of a node that ends itself after so long without part in a shard that does without
+    /// it (0: never).
+    ///
+    /// # Errors
+    /// A time in which elections and restarts would be taken for that.
+    pub fn with_isolation_exit(mut self, after: HumanDuration) -> Result<Self, InvalidConfig> {
+        if !after.get().is_zero() && after.get() < ISOLATION_EXIT_MIN {
+            let (name, allowed) = ("--isolation-exit", "0s, or at least 5s");
+            return Err(InvalidConfig::TimeOutOfRange { name, value: after, allowed });
+        }
+        self.isolation_exit = (!after.get().is_zero()).then_some(after.get());
+        Ok(self)
     }
 }
+
+/// Least time after which a node may end itself: longer than an election, and than a leader takes
+/// to hear from one that has just started.
+const ISOLATION_EXIT_MIN: Duration = Duration::from_secs(5);
 
 fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
     const MIB: u64 = 1 << 20;
@@ -265,7 +340,7 @@ fn check_sizes(tuning: &Tuning) -> Result<(), InvalidConfig> {
 /// What would be used, for people: the cluster as a `cluster.toml`, then this node's own settings.
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { cluster, node, listen, data_dir, shards, volumes: _, tuning } = self;
+        let Self { cluster, node, listen, data_dir, shards, isolation_exit, .. } = self;
         let shards: Vec<_> = shards.iter().map(ToString::to_string).collect();
         writeln!(f, "# cluster\n{}", cluster.to_toml().trim_end())?;
         writeln!(f, "\n# node {node}")?;
@@ -274,27 +349,17 @@ impl fmt::Display for Config {
         writeln!(f, "NBD                  {}", listen.nbd)?;
         writeln!(f, "gRPC                 {}", listen.grpc)?;
         writeln!(f, "HTTP                 {}", listen.http)?;
-        write!(f, "{tuning}")
+        let after = HumanDuration::new(isolation_exit.unwrap_or_default());
+        writeln!(f, "traces               {}", self.trace)?;
+        writeln!(f, "isolation-exit       {after}")?;
+        write!(f, "{}", self.tuning)
     }
 }
 
 impl fmt::Display for Tuning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "connections-max      {}", self.connections_max)?;
-        writeln!(f, "request-bytes-max    {}", self.request_bytes_max)?;
-        writeln!(f, "log-segment-bytes    {}", self.log_segment_bytes)?;
-        writeln!(f, "log-bytes-max        {}", self.log_bytes_max)?;
-        writeln!(f, "log-cache-bytes      {}", self.log_cache_bytes)?;
-        writeln!(f, "checkpoint-log-bytes {}", self.checkpoint_log_bytes)?;
-        writeln!(f, "space-reserve        {}", self.space_reserve)?;
-        writeln!(f, "log-retention-bytes  {}", self.log_retention_bytes)?;
-        writeln!(f, "read-mode            {}", self.read_mode)?;
-        writeln!(f, "resync-bytes-per-second {}", self.resync_bytes_per_second)?;
-        writeln!(f, "scrub-bytes-per-second  {}", self.scrub_bytes_per_second)?;
-        writeln!(f, "scrub-interval       {}", self.scrub_interval)?;
-        writeln!(f, "session-expiry       {}", self.session_expiry)?;
-        writeln!(f, "health-deadline      {}", self.health_deadline)?;
-        writeln!(f, "shutdown-deadline    {}", self.shutdown_deadline)
+        let mut settings = self.settings().into_iter();
+        settings.try_for_each(|(name, value)| writeln!(f, "{name:<20} {value}"))
     }
 }
 
@@ -343,6 +408,35 @@ mod tests {
         assert_eq!(error.to_string(), "node c is not in the cluster: it has a, b");
         let error = config(ONE, "b", Tuning::defaults()).unwrap_err();
         assert_eq!(error.to_string(), "node b holds no shard");
+    }
+
+    #[test]
+    fn a_node_ends_itself_only_if_told_so_and_not_too_soon() {
+        let after = |time: &str| {
+            let config = config(ONE, "a", Tuning::defaults()).unwrap();
+            config.with_isolation_exit(time.parse().unwrap())
+        };
+        let config = config(ONE, "a", Tuning::defaults()).unwrap();
+        assert_eq!(config.isolation_exit, None);
+        assert_eq!(after("0s").unwrap().isolation_exit, None);
+        let config = after("1m").unwrap();
+        assert_eq!(config.isolation_exit, Some(Duration::from_secs(60)));
+        assert!(config.to_string().contains("isolation-exit       1m\n"), "{config}");
+        let error = after("4s").unwrap_err().to_string();
+        assert_eq!(error, "--isolation-exit is 4s: allowed is 0s, or at least 5s");
+    }
+
+    #[test]
+    fn settings_pass_on_as_flags() {
+        let defaults = Tuning::defaults();
+        assert_eq!(defaults.flags(), [""; 0]);
+        let flags = ["--log-bytes-max=512MiB", "--read-mode=quorum", "--scrub-interval=90m"];
+        let tuning = Tuning::parse_from(["x"].iter().chain(&flags));
+        assert_eq!(tuning.flags(), flags);
+        // None is forgotten.
+        let command = Tuning::command();
+        let known: Vec<_> = command.get_arguments().filter_map(|flag| flag.get_long()).collect();
+        assert_eq!(known, defaults.settings().map(|(name, _)| name));
     }
 
     #[test]

@@ -16,15 +16,17 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use nbd_consensus::{Role, SnapshotOffer, Status};
+use nbd_consensus::{Role, SnapshotOffer, Status, Timestamp};
 use nbd_front::{GroupStopped, LeaderAt, Route, RunError};
-use nbd_shard::{Actions, Checkpointed, Event, Persisted, ShardReplica};
+use nbd_rpc::v1::TraceNote;
+use nbd_service::trace::{Span, Tracer};
+use nbd_shard::{Actions, Checkpointed, Event, LogWrite, Persisted, ShardReplica};
 use nbd_store::{Outcome, ReplicaInfo, ShardReader, ShardSnapshot};
 use nbd_topology::{LogIndex, MembershipChange, NodeName, ReplicaId, ShardId, Term};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -34,9 +36,10 @@ pub(crate) use nbd_shard::Answer;
 use crate::clock;
 use crate::failure::{FailOnPanic, Failure};
 use crate::fetch::LogFetcher;
+use crate::group_trace::{Follower, GroupTrace};
 use crate::limits::{GROUP_CONTROL_MAX, GROUP_MAILBOX_MAX};
 use crate::log_thread::{LogHandle, LogJob};
-use crate::metrics::GroupMetrics;
+use crate::metrics::{GroupMetrics, Replicating};
 use crate::peers::{Addresses, peer_addresses};
 use crate::reply::Reply;
 use crate::resync::ResyncHandle;
@@ -51,6 +54,9 @@ const NEWCOMERS_MAX: usize = 16;
 
 /// Control events taken in one turn.
 const TURN_CONTROL_MAX: usize = 64;
+
+/// Ticks by which one may be late before that is told: half of an election timeout.
+const LATE_TICKS: u32 = 6;
 
 /// Acknowledgements of log writes that may wait for the task; the log thread waits when there are
 /// more.
@@ -68,6 +74,7 @@ enum Request {
 #[derive(Debug)]
 enum Control {
     Message(Bytes),
+    Traces(Vec<TraceNote>),
     ConnectionLost(NodeName),
     Newcomer { peer: ReplicaId, node: NodeName, directory: u128 },
     Unreachable(ReplicaId),
@@ -104,12 +111,24 @@ struct LeaseCell(AtomicU64);
 #[derive(Debug, Clone)]
 pub(crate) struct ReadPermit {
     lease: Arc<LeaseCell>,
+    since: Timestamp,
 }
 
 impl ReadPermit {
     /// Whether the lease still runs. To be asked once the bytes were read, before they leave.
     pub(crate) fn holds(&self) -> bool {
-        clock::now().0 < self.lease.0.load(Ordering::Acquire)
+        self.still().is_some()
+    }
+
+    /// The time, if the lease still runs.
+    pub(crate) fn still(&self) -> Option<Timestamp> {
+        let now = clock::now();
+        (now.0 < self.lease.0.load(Ordering::Acquire)).then_some(now)
+    }
+
+    /// When it was given.
+    pub(crate) const fn since(&self) -> Timestamp {
+        self.since
     }
 }
 
@@ -122,6 +141,8 @@ pub(crate) struct GroupHandle {
     status: watch::Receiver<GroupStatus>,
     route: watch::Receiver<Route>,
     lease: Arc<LeaseCell>,
+    /// Told when sessions were ended by what was applied.
+    ended: Arc<Notify>,
     reader: ShardReader,
 }
 
@@ -148,6 +169,11 @@ impl GroupHandle {
     /// Where the leader is, now and as it changes.
     pub(crate) fn route(&self) -> watch::Receiver<Route> {
         self.route.clone()
+    }
+
+    /// Told when sessions were ended by what this replica has applied. For one who waits.
+    pub(crate) fn sessions_ended(&self) -> Arc<Notify> {
+        Arc::clone(&self.ended)
     }
 
     /// The same group, but with its leader where a test says.
@@ -177,8 +203,9 @@ impl GroupHandle {
 
     /// Permission to read from this replica's store without asking its peers, if it holds a lease.
     pub(crate) fn read_permit(&self) -> Option<ReadPermit> {
-        let permit = ReadPermit { lease: Arc::clone(&self.lease) };
-        permit.holds().then_some(permit)
+        let since = clock::now();
+        let holds = since.0 < self.lease.0.load(Ordering::Acquire);
+        holds.then(|| ReadPermit { lease: Arc::clone(&self.lease), since })
     }
 
     /// Waits until a read that starts afterwards sees everything acknowledged before this call.
@@ -222,6 +249,11 @@ impl GroupHandle {
     /// A Raft message of a peer, whole. Dropped when too many wait.
     pub(crate) fn message(&self, bytes: Bytes) {
         self.try_tell(Control::Message(bytes));
+    }
+
+    /// Entries to come are traced.
+    pub(crate) fn traces(&self, notes: Vec<TraceNote>) {
+        self.try_tell(Control::Traces(notes));
     }
 
     /// A replica that this one does not know as a member has sent a message: this one may have been
@@ -301,6 +333,7 @@ pub(crate) struct GroupParts {
     pub(crate) sole_voter: bool,
     /// Cancelled when the process will not wait any longer for what is under way.
     pub(crate) abandon: CancellationToken,
+    pub(crate) tracer: Tracer,
 }
 
 /// The two ends of a group that is not started yet: the node is wired before its shards are formed.
@@ -332,6 +365,7 @@ pub(crate) fn mailbox(reader: ShardReader) -> (GroupHandle, GroupKeeper, GroupMa
         status: status.subscribe(),
         route: route.subscribe(),
         lease: Arc::clone(&lease),
+        ended: Arc::default(),
         reader,
     };
     let keeper = GroupKeeper { _mailbox: mailbox, _control: control_tx };
@@ -354,6 +388,8 @@ pub(crate) struct GroupTask {
     /// What the route was last made from.
     routed: Option<(Term, Option<ReplicaId>, bool)>,
     metrics: GroupMetrics,
+    replicating: Replicating,
+    trace: GroupTrace,
 }
 
 impl GroupTask {
@@ -371,6 +407,8 @@ impl GroupTask {
             actions: Actions::default(),
             routed: None,
             metrics: GroupMetrics::new(shard),
+            replicating: Replicating::default(),
+            trace: GroupTrace::new(parts.tracer.clone()),
             parts,
         };
         task.learn_members();
@@ -398,7 +436,13 @@ impl GroupTask {
                 _ = &mut failed => break,
                 () = self.parts.abandon.cancelled() => break,
                 // Before what may come without end: heartbeats must not wait for it.
-                _ = clock.tick() => self.step(Event::Tick),
+                due = clock.tick() => {
+                    self.note_lateness(due.elapsed());
+                    self.step(Event::Tick);
+                    if self.trace.is_active() {
+                        self.trace.expire();
+                    }
+                }
                 Some(persisted) = self.persisted.recv() => self.step(Event::Persisted(persisted)),
                 count = self.mailbox.control.recv_many(&mut told, TURN_CONTROL_MAX) => {
                     if count == 0 {
@@ -420,9 +464,21 @@ impl GroupTask {
         self.mailbox.lease.0.store(0, Ordering::Release);
     }
 
+    /// Tells of a tick that came so late that peers may take this replica for dead: whoever looks
+    /// for the cause of an election finds it here.
+    fn note_lateness(&self, late: Duration) {
+        if late > self.parts.tick * LATE_TICKS {
+            warn!(
+                shard = %self.shard, late_ms = late.as_millis(),
+                "stood still: the processors are overrun, or the process was stopped"
+            );
+        }
+    }
+
     fn on_control(&mut self, control: Control) {
         match control {
             Control::Message(bytes) => self.step(Event::Message(bytes)),
+            Control::Traces(notes) => self.trace.noted(notes),
             Control::ConnectionLost(node) => self.on_connection_lost(&node),
             Control::Newcomer { peer, node, directory } => self.on_newcomer(peer, node, directory),
             Control::Unreachable(peer) => self.step(Event::PeerUnreachable(peer)),
@@ -477,9 +533,19 @@ impl GroupTask {
 
     fn on_requests(&mut self, turn: &mut Vec<Request>) {
         let mut commands = Vec::with_capacity(turn.len());
+        let now = clock::now();
         for request in turn.drain(..) {
             match request {
-                Request::Propose { command, reply } => commands.push((command, reply)),
+                Request::Propose { command, reply } => {
+                    if let Some(arrived) = reply.arrived() {
+                        let waited = now.0.saturating_sub(arrived.0);
+                        self.metrics.waited(Duration::from_nanos(waited));
+                    }
+                    if let Some((span, underway)) = reply.trace() {
+                        self.trace.arrived(&command, span, underway);
+                    }
+                    commands.push((command, reply));
+                }
                 Request::Barrier(reply) => self.step(Event::Barrier(reply)),
                 Request::Change(change, reply) => {
                     self.step(Event::ChangeMembership(change, reply));
@@ -493,22 +559,45 @@ impl GroupTask {
 
     /// Steps the replica and carries out what it asks for.
     fn step(&mut self, event: Event<Reply>) {
-        self.parts.replica.step(clock::now(), event, &mut self.actions);
+        let now = clock::now();
+        let traced = self.trace.is_active().then(SystemTime::now);
+        self.parts.replica.step(now, event, &mut self.actions);
+        let traced = traced.map(|began| (began, SystemTime::now()));
         let actions = std::mem::take(&mut self.actions);
+        if !actions.commit_times.is_empty() {
+            // One more look at the clock for all that was applied together.
+            let took = clock::now().0.saturating_sub(now.0);
+            self.metrics.applied(Duration::from_nanos(took));
+        }
         if actions.membership_changed {
             self.learn_members();
         }
-        self.parts.transport.send(self.shard, self.parts.replica_id, actions.send);
+        self.time_replication(now, &actions.log_writes);
+        let mut appends = match traced {
+            Some(_) => self.trace_writes(&actions.log_writes),
+            None => Vec::new(),
+        }
+        .into_iter();
+        let (from, notes) = (self.parts.replica_id, self.trace.notes());
+        self.parts.transport.send_traced(self.shard, from, actions.send, notes);
         for write in actions.log_writes {
             self.parts.log.submit(LogJob {
                 shard: self.shard,
                 write,
                 queued_at: Instant::now(),
                 persisted: self.persisted_tx.clone(),
+                traced: appends.next().unwrap_or_default(),
             });
         }
-        for (reply, answer) in actions.answers {
-            reply.send(answer);
+        if let Some(times) = traced {
+            let replica = &self.parts.replica;
+            self.trace.stepped(replica.brief(), || replica.status().peers, times);
+        }
+        if !actions.answers.is_empty() {
+            let given = Instant::now();
+            for (reply, answer) in actions.answers {
+                reply.send(answer, (now, given));
+            }
         }
         for elapsed in actions.commit_times {
             self.metrics.commit(elapsed);
@@ -534,7 +623,45 @@ impl GroupTask {
         if actions.resync_dropped {
             self.parts.resync.dropped();
         }
+        if actions.sessions_ended {
+            self.handle.ended.notify_one();
+        }
         self.publish();
+    }
+
+    /// Times how long what goes to the log here takes to reach enough followers, while this replica
+    /// leads.
+    fn time_replication(&mut self, now: Timestamp, writes: &[LogWrite]) {
+        let Some(replicated) = self.parts.replica.replicated() else {
+            self.replicating.clear();
+            return;
+        };
+        // Copies of old entries go to no follower.
+        let sent = writes.iter().rev().filter(|write| write.ready.is_some());
+        if let Some(newest) = sent.filter_map(|write| write.entries.last()).next() {
+            self.replicating.sent(newest.index, now);
+        }
+        for elapsed in self.replicating.took(replicated, now) {
+            self.metrics.replicated(elapsed);
+        }
+    }
+
+    /// The `append` of each traced entry, write by write.
+    #[cold]
+    fn trace_writes(&mut self, writes: &[LogWrite]) -> Vec<Vec<Span>> {
+        let Self { trace, members, parts, .. } = self;
+        let followers = || {
+            let peers = parts.replica.status().peers;
+            let is_active = |id| peers.iter().any(|peer| peer.replica == id && peer.active);
+            let others = members.iter().filter(|member| member.id != parts.replica_id);
+            let follower = |member: &ReplicaInfo| Follower {
+                id: member.id,
+                node: member.node.clone(),
+                active: is_active(member.id),
+            };
+            others.map(follower).collect()
+        };
+        writes.iter().map(|write| trace.logged(write, followers)).collect()
     }
 
     fn begin_resync(&self, offer: SnapshotOffer) {

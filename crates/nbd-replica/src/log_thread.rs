@@ -12,15 +12,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_log::log::{LogWriter, SegmentPool};
+use nbd_service::trace::Span;
 use nbd_shard::log_write::{AppendTo, Queued, take_copies, take_urgent, write_first};
 use nbd_shard::{LogTail, LogWrite, Persisted};
-use nbd_topology::{LogIndex, ShardId};
+use nbd_topology::{LogIndex, NodeName, ShardId};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::checkpoint_thread::CheckpointHandle;
 use crate::failure::{FailOnPanic, Failure};
+use crate::group_trace;
 use crate::limits::{LOG_BATCH_BYTES_MAX, LOG_QUEUE_MAX};
 use crate::metrics::LogMetrics;
 
@@ -41,6 +43,8 @@ pub(crate) struct LogJob {
     pub(crate) write: LogWrite,
     pub(crate) queued_at: Instant,
     pub(crate) persisted: mpsc::Sender<Persisted>,
+    /// The `append` of each traced entry in it: ends when it is durable.
+    pub(crate) traced: Vec<Span>,
 }
 
 impl Queued for LogJob {
@@ -82,8 +86,9 @@ impl LogHandle {
     }
 }
 
-/// Starts the thread.
+/// Starts the thread. It is named after the node, which log lines may show.
 pub(crate) fn spawn(
+    node: &NodeName,
     writer: LogWriter,
     segments: Arc<SegmentPool>,
     checkpoints: CheckpointHandle,
@@ -94,7 +99,8 @@ pub(crate) fn spawn(
     let metrics = LogMetrics::new();
     let handle = LogHandle { jobs, segments: Arc::clone(&segments) };
     let worker = LogThread { writer, segments, checkpoints, failure, abandon, metrics };
-    let thread = thread::Builder::new().name("log".into()).spawn(move || worker.run(&queue))?;
+    let name = format!("{node}:log");
+    let thread = thread::Builder::new().name(name).spawn(move || worker.run(&queue))?;
     Ok((handle, thread))
 }
 
@@ -126,6 +132,9 @@ impl LogThread {
                 batch.push(job);
             }
             let (started, count) = (Instant::now(), batch.len());
+            for job in &batch {
+                self.metrics.waited(started.saturating_duration_since(job.queued_at));
+            }
             loop {
                 let wrote = self.write(&mut batch, LogWriter::append_ordinary)?;
                 if batch.is_empty() {
@@ -164,6 +173,7 @@ impl LogThread {
     /// Writes as many of the first jobs as there is room for, and tells their groups. False if
     /// there is none; `None` when the disk failed, after the node was told to stop.
     fn write(&mut self, jobs: &mut Vec<LogJob>, append: AppendTo) -> Option<bool> {
+        let started = jobs.iter().any(|job| !job.traced.is_empty()).then(Instant::now);
         let written = match write_first(&mut self.writer, append, jobs) {
             Ok(written) => written,
             Err(error) => {
@@ -172,10 +182,19 @@ impl LogThread {
             }
         };
         let (now, wrote) = (Instant::now(), !written.is_empty());
+        let batch = started.map(|started| {
+            let bytes: usize = written.iter().map(|(job, _)| job.write.data_bytes()).sum();
+            (started, bytes, written.len())
+        });
         for (job, persisted) in written {
             self.metrics.append(now.saturating_duration_since(job.queued_at));
             // A group that is gone needs no answer; a live one never waits for this thread.
             let _ = job.persisted.blocking_send(persisted);
+            if let Some((started, bytes, jobs)) = batch
+                && !job.traced.is_empty()
+            {
+                group_trace::written(job.traced, (started, now), bytes, jobs);
+            }
         }
         Some(wrote)
     }

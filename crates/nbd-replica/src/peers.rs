@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use nbd_rpc::v1::TraceNote;
 use nbd_service::ClusterConfig;
 use nbd_store::{ReplicaAddresses, ReplicaInfo};
 use nbd_topology::{NodeName, ReplicaId, ShardId};
@@ -69,6 +70,12 @@ impl PeerEvents for GroupEvents {
     fn message(&self, shard: ShardId, _to: ReplicaId, _from: ReplicaId, bytes: Bytes) {
         if let Some(group) = self.groups.get(&shard) {
             group.message(bytes);
+        }
+    }
+
+    fn traces(&self, shard: ShardId, traces: Vec<TraceNote>) {
+        if let Some(group) = self.groups.get(&shard) {
+            group.traces(traces);
         }
     }
 

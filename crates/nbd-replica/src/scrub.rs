@@ -141,7 +141,7 @@ async fn covered_by_both(
 ) -> Result<LogIndex, CompareError> {
     let local = reader.clone();
     let applied = blocking(move || local.snapshot()).await?.applied;
-    source.snapshot(applied, applied, false).await?;
+    source.cover(applied).await?;
     Ok(applied)
 }
 

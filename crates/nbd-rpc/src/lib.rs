@@ -10,18 +10,21 @@
 //! - [`identity`]: protocol version, cluster, node, directory and replica, checked alike.
 //! - [`error`]: [`Refusal`], what a service tells a caller that it turns away, and [`reason`], why
 //!   a call failed.
+//! - [`mod@conflict`]: why a call of `Control` is refused as things stand.
 //! - [`limits`]: sizes and times.
 
 pub mod channels;
+pub mod conflict;
 pub mod connect;
 pub mod error;
 pub mod identity;
 pub mod limits;
 
 pub use channels::Channels;
+pub use conflict::{conflict, conflict_of};
 pub use connect::{InvalidAddress, channel, incoming, server, within};
 pub use error::{Refusal, is_refusal, reason};
-pub use limits::MESSAGE_BYTES_MAX;
+pub use limits::{CONNECT_TIMEOUT, MESSAGE_BYTES_MAX};
 
 /// Version 1 of the protocol between nodes, as generated.
 #[allow(

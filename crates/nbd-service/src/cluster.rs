@@ -43,6 +43,7 @@ use nbd_topology::{ClusterName, NodeName, ReplicaId, ShardId, ShardMap};
 
 pub use self::address::{HostPort, InvalidAddress};
 pub use self::error::{ConfigError, Origin, Problem};
+use crate::exit::Failure;
 use crate::units::ByteSize;
 
 /// NBD's registered port.
@@ -117,6 +118,20 @@ impl ClusterConfig {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         Self::from_toml(&text, path)
+    }
+
+    /// The cluster that a service is started for: from the file that it is given, else from its
+    /// environment.
+    ///
+    /// # Errors
+    /// The operator's mistake: neither is there, or what is there cannot be used.
+    pub fn given(file: Option<&Path>) -> Result<Self, Failure> {
+        match file {
+            Some(path) => Self::load(path).map_err(Failure::usage),
+            None => Self::from_env().map_err(Failure::usage)?.ok_or_else(|| {
+                Failure::usage(anyhow::anyhow!("no cluster: give --cluster FILE or set NBD_SHARDS"))
+            }),
+        }
     }
 
     /// Checks the text of a `cluster.toml`; `path` is for messages only.

@@ -3,11 +3,15 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{FromArgMatches, Parser};
 
 /// Exit code for a mistake in flags, environment or configuration: `EX_USAGE` of `sysexits.h`.
 /// Restarting does not help, so supervisors may tell it from a failure at run time (1).
 pub const USAGE: u8 = 64;
+
+/// Exit code of a process that has ended so that a supervisor starts it again: `EX_TEMPFAIL` of
+/// `sysexits.h`.
+pub const RESTART: u8 = 75;
 
 /// Why a process ends without success.
 #[derive(Debug)]
@@ -16,6 +20,8 @@ pub enum Failure {
     Usage(anyhow::Error),
     /// Anything that went wrong at run time: exit code 1.
     Runtime(anyhow::Error),
+    /// Nothing is broken, and a new process is what helps: exit code [`RESTART`].
+    Restart(anyhow::Error),
 }
 
 impl Failure {
@@ -24,12 +30,18 @@ impl Failure {
         Self::Usage(error.into())
     }
 
+    /// Says that a new process is what helps.
+    pub fn restart(error: impl Into<anyhow::Error>) -> Self {
+        Self::Restart(error.into())
+    }
+
     /// The exit code of this failure.
     #[must_use]
     pub const fn code(&self) -> u8 {
         match self {
             Self::Usage(_) => USAGE,
             Self::Runtime(_) => 1,
+            Self::Restart(_) => RESTART,
         }
     }
 
@@ -37,7 +49,7 @@ impl Failure {
     /// innermost`.
     #[must_use]
     pub fn line(&self) -> String {
-        let (Self::Usage(error) | Self::Runtime(error)) = self;
+        let (Self::Usage(error) | Self::Runtime(error) | Self::Restart(error)) = self;
         one_line(error)
     }
 }
@@ -81,7 +93,18 @@ pub fn report(result: Result<(), Failure>) -> ExitCode {
 /// # Errors
 /// The exit code that `main` should return at once.
 pub fn parse_args<T: Parser>() -> Result<T, ExitCode> {
-    T::try_parse().map_err(|error| {
+    parse_command(T::command())
+}
+
+/// As [`parse_args`], by `command`: that of `T`, with changes.
+///
+/// # Errors
+/// As [`parse_args`].
+pub fn parse_command<T: FromArgMatches>(mut command: clap::Command) -> Result<T, ExitCode> {
+    let matches = command.try_get_matches_from_mut(std::env::args_os());
+    let parsed = matches.and_then(|matches| T::from_arg_matches(&matches));
+    parsed.map_err(|error| {
+        let error = error.format(&mut command);
         let _ = error.print();
         clap_exit_code(&error).into()
     })

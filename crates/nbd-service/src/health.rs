@@ -124,6 +124,7 @@ async fn ready(State(readiness): State<Readiness>) -> (StatusCode, String) {
 }
 
 async fn render(State(metrics): State<PrometheusHandle>) -> impl IntoResponse {
+    crate::process_metrics::observe();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render())
 }
 

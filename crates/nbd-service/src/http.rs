@@ -1,5 +1,6 @@
 //! Serving HTTP with bounds: on connections, and on the time one may stay without an answer.
 
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -9,12 +10,15 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
-use axum::serve::Listener;
+use axum::extract::connect_info::Connected;
+use axum::serve::{IncomingStream, Listener};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Connections one HTTP server holds at a time; the next waits in the kernel's backlog. Probes,
 /// scrapers and consoles need a handful; each connection costs a descriptor and a few tens of KiB.
@@ -25,8 +29,12 @@ pub const HTTP_CONNECTIONS_MAX: usize = 256;
 /// Longer than the deadline of any request that a service answers.
 pub const HTTP_SILENCE_MAX: Duration = Duration::from_secs(30);
 
+/// How long the end waits for the first byte of connections that were accepted before it.
+pub const HTTP_FIRST_BYTE_MAX: Duration = Duration::from_millis(500);
+
 /// Answers requests on `listener` until `stop` is cancelled, then until the requests under way are
-/// answered.
+/// answered. Who was accepted before that, and has sent nothing yet, may still ask within
+/// [`HTTP_FIRST_BYTE_MAX`]: a request that was on its way is answered, not reset.
 ///
 /// # Errors
 /// None in practice: errors of a single connection end that connection only, and errors of
@@ -47,8 +55,38 @@ async fn serve_bounded(
     silence_max: Duration,
 ) -> io::Result<()> {
     let permits = Arc::new(Semaphore::new(connections_max));
-    let listener = BoundedListener { listener, permits, silence_max };
-    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+    let unheard = TaskTracker::new();
+    let listener = BoundedListener {
+        listener,
+        permits,
+        silence_max,
+        stop: stop.clone(),
+        unheard: unheard.clone(),
+    };
+    let service = router.into_make_service_with_connect_info::<ClientAddress>();
+    // Told of the end, hyper drops connections of which it does not know the protocol yet.
+    let end = async move {
+        stop.cancelled().await;
+        unheard.close();
+        let _ = tokio::time::timeout(HTTP_FIRST_BYTE_MAX, unheard.wait()).await;
+    };
+    axum::serve(listener, service).with_graceful_shutdown(end).await
+}
+
+/// Who is connected: what `axum::extract::ConnectInfo` gives to handlers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientAddress(pub SocketAddr);
+
+impl fmt::Display for ClientAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Connected<IncomingStream<'_, BoundedListener>> for ClientAddress {
+    fn connect_info(stream: IncomingStream<'_, BoundedListener>) -> Self {
+        Self(*stream.remote_addr())
+    }
 }
 
 #[derive(Debug)]
@@ -56,6 +94,9 @@ struct BoundedListener {
     listener: TcpListener,
     permits: Arc<Semaphore>,
     silence_max: Duration,
+    stop: CancellationToken,
+    /// A token for each connection of which no byte was read yet.
+    unheard: TaskTracker,
 }
 
 impl Listener for BoundedListener {
@@ -68,11 +109,16 @@ impl Listener for BoundedListener {
             return std::future::pending().await;
         };
         // axum's own listener waits and retries when accepting fails.
-        let (stream, address) = Listener::accept(&mut self.listener).await;
+        let (stream, address) = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return std::future::pending().await,
+            accepted = Listener::accept(&mut self.listener) => accepted,
+        };
         let _ = stream.set_nodelay(true);
         let deadline = Box::pin(tokio::time::sleep(self.silence_max));
         let silence_max = self.silence_max;
-        (BoundedStream { stream, deadline, silence_max, _permit: permit }, address)
+        let unheard = Some(self.unheard.token());
+        (BoundedStream { stream, deadline, silence_max, unheard, _permit: permit }, address)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -86,6 +132,7 @@ struct BoundedStream {
     stream: TcpStream,
     deadline: Pin<Box<Sleep>>,
     silence_max: Duration,
+    unheard: Option<TaskTrackerToken>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -111,7 +158,9 @@ impl AsyncRead for BoundedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.check_deadline(context)?;
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
+        self.unheard = None;
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -190,6 +239,32 @@ mod tests {
     }
 
     const LONG: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_request_that_was_on_its_way_at_the_end_is_answered() {
+        let (readiness, [_store]) = Readiness::new(["store"]);
+        let server = serve(readiness, 8, LONG).await;
+        let mut early = TcpStream::connect(server.address).await.unwrap();
+        // Accepted behind the other.
+        assert!(get(server.address, "/livez").await.starts_with("HTTP/1.1 200"));
+        server.stop.cancel();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        early.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        early.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        server.task.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn who_never_asks_does_not_hold_up_the_end() {
+        let (readiness, [_store]) = Readiness::new(["store"]);
+        let server = serve(readiness, 8, LONG).await;
+        let _silent = TcpStream::connect(server.address).await.unwrap();
+        assert!(get(server.address, "/livez").await.starts_with("HTTP/1.1 200"));
+        server.stop.cancel();
+        tokio::time::timeout(Duration::from_secs(20), server.task).await.unwrap().unwrap().unwrap();
+    }
 
     #[tokio::test]
     async fn probes_tell_live_from_ready() {

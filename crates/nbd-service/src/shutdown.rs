@@ -12,7 +12,7 @@ use std::future::Future;
 use std::io;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
@@ -97,18 +97,40 @@ impl Shutdown {
     }
 }
 
+/// SIGTERM and SIGINT, one after the other as they come.
+#[derive(Debug)]
+pub struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    /// Installs the handlers, which stay: from now on neither signal ends the process by itself.
+    ///
+    /// # Errors
+    /// When the operating system refuses a handler.
+    pub fn install() -> io::Result<Self> {
+        let terminate = signal(SignalKind::terminate())?;
+        let interrupt = signal(SignalKind::interrupt())?;
+        Ok(Self { terminate, interrupt })
+    }
+
+    /// Waits for the next one. Signals of one kind that come in quick succession may count as one.
+    pub async fn next(&mut self) -> StopSignal {
+        tokio::select! {
+            _ = self.terminate.recv() => StopSignal::Terminate,
+            _ = self.interrupt.recv() => StopSignal::Interrupt,
+        }
+    }
+}
+
 /// Waits for SIGTERM or SIGINT. The handlers are installed at the first poll, and stay: from then
 /// on neither signal ends the process by itself.
 ///
 /// # Errors
 /// When the operating system refuses a handler.
 pub async fn wait_for_signal() -> io::Result<StopSignal> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => Ok(StopSignal::Terminate),
-        _ = interrupt.recv() => Ok(StopSignal::Interrupt),
-    }
+    Ok(StopSignals::install()?.next().await)
 }
 
 #[cfg(test)]

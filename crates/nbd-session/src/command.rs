@@ -1,11 +1,13 @@
 //! A command as a later attachment sends it.
 
+use std::ops::Range;
+
 use bytes::{Bytes, BytesMut};
 use nbd_store::Epoch;
 use nbd_store::command::COMMAND_HEADER_BYTES;
 
 /// Where the epoch lies in a command's header: four bytes, little-endian.
-const EPOCH_AT: std::ops::Range<usize> = 24..28;
+const EPOCH_AT: Range<usize> = 24..28;
 
 /// `command` with another epoch, everything else as it is. Copies its bytes only if the epoch
 /// differs and somebody else still holds them.
@@ -14,13 +16,23 @@ const EPOCH_AT: std::ops::Range<usize> = 24..28;
 /// If `command` is shorter than a command's header.
 #[must_use]
 pub fn with_epoch(command: Bytes, epoch: Epoch) -> Bytes {
+    patched(command, EPOCH_AT, &epoch.0.to_le_bytes())
+}
+
+/// `command` as one of another session, under another number: for faults only.
+#[cfg(feature = "planted-faults")]
+pub(crate) fn with_identity(command: Bytes, session: nbd_store::SessionId, seq: u64) -> Bytes {
+    let command = patched(command, 8..24, &session.0.to_le_bytes());
+    patched(command, 32..40, &seq.to_le_bytes())
+}
+
+fn patched(command: Bytes, place: Range<usize>, with: &[u8]) -> Bytes {
     assert!(command.len() >= COMMAND_HEADER_BYTES, "{} bytes are no command", command.len());
-    let epoch = epoch.0.to_le_bytes();
-    if command[EPOCH_AT] == epoch {
+    if command[place.clone()] == *with {
         return command;
     }
     let mut patched = command.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&shared[..]));
-    patched[EPOCH_AT].copy_from_slice(&epoch);
+    patched[place].copy_from_slice(with);
     patched.freeze()
 }
 

@@ -1,5 +1,5 @@
 //! The client side of a session: every request takes effect once and is answered once, over any
-//! number of attachments.
+//! number of attachments. A read that is partly answered is continued by the next attachment.
 //!
 //! A session is attached to the leader of its volume's shard, and attached anew, with a higher
 //! epoch, whenever that leader may be gone. What was sent and not answered is kept and sent again.
@@ -28,4 +28,4 @@ pub mod session;
 
 pub use command::with_epoch;
 pub use fault::Fault;
-pub use session::{Attachment, ClientSession, Query, QueryId, Resend, Verdict};
+pub use session::{Attachment, ClientSession, Piece, Query, QueryId, Resend, Verdict};

@@ -148,7 +148,9 @@ pub struct Actions<R> {
     pub resync_dropped: bool,
     /// Members came, went or were promoted.
     pub membership_changed: bool,
-    /// For each entry proposed here and applied now: the time from packing to applied.
+    /// Sessions were ended by what was applied: closed, or gone with their owner or their volume.
+    pub sessions_ended: bool,
+    /// For each entry proposed here and applied now: the time from packing to committed.
     pub commit_times: Vec<Duration>,
     /// Entries above this index are worth keeping in the node's log.
     pub keep_above: Option<LogIndex>,
@@ -167,6 +169,7 @@ impl<R> Default for Actions<R> {
             install: None,
             resync_dropped: false,
             membership_changed: false,
+            sessions_ended: false,
             commit_times: Vec::new(),
             keep_above: None,
         }

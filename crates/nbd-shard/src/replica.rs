@@ -143,6 +143,12 @@ impl<R> ShardReplica<R> {
         self.group.brief()
     }
 
+    /// See [`Group::replicated`].
+    #[must_use]
+    pub fn replicated(&self) -> Option<LogIndex> {
+        self.group.replicated()
+    }
+
     /// Until when reads may be answered from this replica's store without asking anyone, by the
     /// clock that steps it. To be checked again once the bytes were read.
     #[must_use]
@@ -299,6 +305,8 @@ impl<R> ShardReplica<R> {
         self.checkpointed = index;
         self.first_kept = None;
         actions.membership_changed = true;
+        // Whatever ended while this replica was away.
+        actions.sessions_ended = true;
         let input = Input::SnapshotInstalled { index, term, membership };
         self.step_group(now, input, actions);
     }
@@ -548,6 +556,7 @@ impl<R> ShardReplica<R> {
             };
             let outcomes = self.writer.apply(index, term, applied, place.position);
             actions.membership_changed |= membership.is_some();
+            actions.sessions_ended |= outcomes.iter().any(ends_sessions);
             match ticket.and_then(|ticket| self.proposed.remove(&ticket)) {
                 None => {}
                 Some(Work::Change(reply)) => actions.answers.push((reply, Answer::Changed)),
@@ -594,6 +603,17 @@ impl<R> ShardReplica<R> {
         self.places.forget_through(above);
         actions.keep_above = Some(above);
         self.step_group(now, Input::Compacted(above), actions);
+    }
+}
+
+/// Whether sessions were ended by what this came of.
+const fn ends_sessions(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::SessionClosed => true,
+        Outcome::SessionsEnded(count) | Outcome::VolumeDeleted { sessions_ended: count } => {
+            *count > 0
+        }
+        _ => false,
     }
 }
 

@@ -89,6 +89,24 @@ pub enum Breach {
         /// What is there.
         found: Value,
     },
+    /// A replica has other volumes than the log has made.
+    #[error("node {node} has volumes {found:?}, not {expected:?}")]
+    CatalogueDiffers {
+        /// The node.
+        node: usize,
+        /// What the log has made: names, and sizes in sectors.
+        expected: Vec<(VolumeId, (String, u64))>,
+        /// What is there.
+        found: Vec<(VolumeId, (String, u64))>,
+    },
+    /// A replica keeps chunks of a volume that is gone.
+    #[error("node {node} keeps chunks of volume {volume}, which was deleted")]
+    ChunksKept {
+        /// The node.
+        node: usize,
+        /// The volume.
+        volume: VolumeId,
+    },
     /// A replica's volume cannot be read, or holds what nobody wrote.
     #[error("node {node}: {reason}")]
     Unreadable {

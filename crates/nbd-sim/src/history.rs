@@ -126,6 +126,29 @@ impl History {
         }
     }
 
+    /// The end of a volume is cut off: those sectors are zeroes from this moment on.
+    pub fn cut_off(&mut self, volume: usize, sectors: Range<u64>) {
+        let (asked, end) = (self.moment(), End::Answered(self.moment()));
+        let action = Action::Zero(sectors);
+        self.operations.push(Operation { volume, client: u32::MAX, action, asked, end });
+    }
+
+    /// The log has refused a mutation: it has no effect, and never will.
+    pub fn refused(&mut self, id: OperationId) {
+        if let Action::Write(range) | Action::Zero(range) = &mut self.operations[id.0].action {
+            *range = 0..0;
+        }
+    }
+
+    /// A volume is gone: nothing that was not answered takes effect on it any more.
+    pub fn deleted(&mut self, volume: usize) {
+        let of = |(at, operation): (usize, &Operation)| {
+            (operation.volume == volume).then_some(OperationId(at))
+        };
+        let all: Vec<_> = self.operations.iter().enumerate().filter_map(of).collect();
+        all.into_iter().for_each(|id| self.fence(id));
+    }
+
     /// From now on the operation, if it was never answered, cannot take effect any more.
     pub fn fence(&mut self, id: OperationId) {
         let now = self.moment();

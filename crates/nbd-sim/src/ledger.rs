@@ -4,10 +4,12 @@
 //! more to a model that is too simple to be wrong.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use bytes::Bytes;
 use nbd_consensus::{EntryKind, HardState, Role};
 use nbd_shard::{LogWrite, ShardReplica};
+use nbd_store::command::CreateVolumeBody;
 use nbd_store::{CommandHeader, CommandKind, Epoch, Owner, RaftRecovered, SessionId, VolumeId};
 use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
 
@@ -133,7 +135,22 @@ struct Session {
     epoch: Epoch,
     volume: VolumeId,
     owner: Owner,
-    applied: BTreeSet<u64>,
+    /// Numbers of its mutations, and whether they were done or refused.
+    applied: BTreeMap<u64, bool>,
+}
+
+/// Something that befell a volume as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// It became smaller.
+    CutOff {
+        /// The volume.
+        volume: VolumeId,
+        /// What it has no more.
+        sectors: Range<u64>,
+    },
+    /// It is gone.
+    Deleted(VolumeId),
 }
 
 /// What applying every committed entry once comes to.
@@ -143,6 +160,12 @@ struct Model {
     /// Numbers of every mutation that had an effect, of sessions that are gone as well.
     effects: BTreeSet<(SessionId, u64)>,
     sectors: BTreeMap<(VolumeId, u64), Value>,
+    /// Volumes that there are: their names, and their sizes in sectors.
+    volumes: BTreeMap<VolumeId, (String, u64)>,
+    /// How many there ever were.
+    created: u64,
+    /// What nobody was told yet.
+    changes: Vec<Change>,
     /// Every mutation whose verdict is that it is done, by the epoch it was sent in.
     done: BTreeSet<(SessionId, Epoch, u64)>,
 }
@@ -173,7 +196,8 @@ impl Ledger {
         mirror: &mut Mirror,
     ) -> Result<(), Breach> {
         let brief = replica.brief();
-        let shard = self.shards.entry(replica.shard()).or_default();
+        let number = replica.shard();
+        let shard = self.shards.entry(number).or_default();
         if brief.role == Role::Leader {
             let leader = *shard.leaders.entry(brief.term).or_insert(id);
             if leader != id {
@@ -182,7 +206,7 @@ impl Ledger {
         }
         while mirror.compared < brief.committed.0 {
             let index = mirror.compared + 1;
-            shard.compare(id, index, mirror.entries.get(&index))?;
+            shard.compare(number, id, index, mirror.entries.get(&index))?;
             mirror.compared = index;
         }
         Ok(())
@@ -216,6 +240,19 @@ impl Ledger {
         shard.is_some_and(|shard| shard.model.done.contains(&(session, epoch, seq)))
     }
 
+    /// The volumes that there must be once everything committed is applied: their names, and their
+    /// sizes in sectors.
+    #[must_use]
+    pub fn volumes(&self, shard: ShardId) -> BTreeMap<VolumeId, (String, u64)> {
+        self.shards.get(&shard).map(|shard| shard.model.volumes.clone()).unwrap_or_default()
+    }
+
+    /// What befell volumes since this was asked last.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        let models = self.shards.values_mut().map(|shard| &mut shard.model);
+        models.flat_map(|model| std::mem::take(&mut model.changes)).collect()
+    }
+
     /// What a volume's sectors must hold once everything committed is applied.
     #[must_use]
     pub fn content(&self, shard: ShardId, volume: VolumeId, sectors: u64) -> Vec<Value> {
@@ -228,6 +265,7 @@ impl Ledger {
 impl Shard {
     fn compare(
         &mut self,
+        number: ShardId,
         id: ReplicaId,
         index: u64,
         entry: Option<&(Term, EntryKind, Option<Bytes>)>,
@@ -248,7 +286,7 @@ impl Shard {
                     return Err(differ());
                 }
                 if *kind == EntryKind::Command {
-                    self.model.apply(&data);
+                    self.model.apply(number, &data);
                 }
                 self.committed.push(Entry { term: *term, kind: *kind, data });
             }
@@ -258,7 +296,7 @@ impl Shard {
 }
 
 impl Model {
-    fn apply(&mut self, data: &Bytes) {
+    fn apply(&mut self, shard: ShardId, data: &Bytes) {
         for command in nbd_store::decode_all(data) {
             let Ok(command) = command else { return };
             let header = command.header;
@@ -278,10 +316,16 @@ impl Model {
                     let of = session.owner;
                     of.node != owner.node || of.incarnation >= owner.incarnation
                 }),
-                // Names are not repeated, and no world reaches a limit.
-                CommandKind::CreateVolume
-                | CommandKind::AddCounter
-                | CommandKind::RegisterReplica => {}
+                CommandKind::CreateVolume | CommandKind::NewVolume => {
+                    self.create(shard, &header, &data[command.payload.clone()]);
+                }
+                CommandKind::ResizeVolume => self.resize(&header),
+                CommandKind::DeleteVolume => self.delete(&header),
+                CommandKind::AddCounter
+                | CommandKind::RegisterReplica
+                | CommandKind::UpdateVolume
+                | CommandKind::CordonNode
+                | CommandKind::SetReplacement => {}
             }
         }
     }
@@ -292,10 +336,41 @@ impl Model {
             if header.epoch >= session.epoch && !taken && header.volume == session.volume {
                 (session.epoch, session.owner) = (header.epoch, owner);
             }
-        } else if header.epoch == Epoch::FIRST {
+        } else if header.epoch == Epoch::FIRST && self.volumes.contains_key(&header.volume) {
             let (epoch, volume) = (header.epoch, header.volume);
-            let session = Session { epoch, volume, owner, applied: BTreeSet::new() };
+            let session = Session { epoch, volume, owner, applied: BTreeMap::new() };
             self.sessions.insert(header.session, session);
+        }
+    }
+
+    /// No world reaches a limit, and none names a key twice.
+    fn create(&mut self, shard: ShardId, header: &CommandHeader, body: &[u8]) {
+        let Ok(body) = CreateVolumeBody::decode(body) else { return };
+        if self.volumes.values().any(|(name, _)| name == body.name) {
+            return;
+        }
+        self.created += 1;
+        let id = VolumeId(u64::from(shard.0) << 32 | self.created);
+        self.volumes.insert(id, (body.name.to_owned(), header.length / SECTOR_BYTES));
+    }
+
+    fn resize(&mut self, header: &CommandHeader) {
+        let volume = header.volume;
+        let Some((_, size)) = self.volumes.get_mut(&volume) else { return };
+        let old = std::mem::replace(size, header.length / SECTOR_BYTES);
+        if *size < old {
+            let sectors = *size..old;
+            for sector in sectors.clone() {
+                self.sectors.insert((volume, sector), Value::ZERO);
+            }
+            self.changes.push(Change::CutOff { volume, sectors });
+        }
+    }
+
+    fn delete(&mut self, header: &CommandHeader) {
+        if self.volumes.remove(&header.volume).is_some() {
+            self.sessions.retain(|_, session| session.volume != header.volume);
+            self.changes.push(Change::Deleted(header.volume));
         }
     }
 
@@ -304,8 +379,15 @@ impl Model {
         if header.epoch != session.epoch || header.volume != session.volume {
             return;
         }
-        self.done.insert((header.session, header.epoch, header.seq));
-        if !session.applied.insert(header.seq) {
+        let before = session.applied.get(&header.seq).copied();
+        let size =
+            self.volumes.get(&header.volume).map_or(0, |(_, sectors)| sectors * SECTOR_BYTES);
+        let is_done = before.unwrap_or(header.offset + header.length <= size);
+        session.applied.insert(header.seq, is_done);
+        if is_done {
+            self.done.insert((header.session, header.epoch, header.seq));
+        }
+        if before.is_some() || !is_done {
             return;
         }
         self.effects.insert((header.session, header.seq));

@@ -26,8 +26,9 @@ pub enum Plant {
 #[cfg(feature = "planted-faults")]
 impl Plant {
     /// Every rule that can be broken, by name.
-    pub const ALL: [(&'static str, Self); 14] = {
+    pub const ALL: [(&'static str, Self); 19] = {
         use nbd_consensus::Fault as Consensus;
+        use nbd_session::Fault as Session;
         use nbd_store::StoreFault as Store;
         [
             ("vote-before-persist", Self::Consensus(Consensus::VoteBeforePersist)),
@@ -41,7 +42,12 @@ impl Plant {
             ("log-freed-before-sync", Self::Store(Store::LogFreedBeforeSync)),
             ("partial-block-in-place", Self::Store(Store::PartialBlockInPlace)),
             ("overtaken-transfer-taken", Self::Store(Store::OvertakenTransferTaken)),
-            ("stale-reply-forwarded", Self::Session(nbd_session::Fault::ForwardStaleReply)),
+            ("deleted-chunks-kept", Self::Store(Store::DeletedChunksKept)),
+            ("shrunk-bytes-kept", Self::Store(Store::ShrunkBytesKept)),
+            ("stale-reply-forwarded", Self::Session(Session::ForwardStaleReply)),
+            ("replay-without-resume", Self::Session(Session::ReplayWithoutResume)),
+            ("replay-reordered", Self::Session(Session::ReplayReordered)),
+            ("partial-read-restarted", Self::Session(Session::PartialReadRestarted)),
             ("lease-not-checked-after-read", Self::LeaseNotCheckedAfterRead),
             ("persisted-without-payload", Self::PersistedWithoutPayload),
         ]
@@ -65,6 +71,8 @@ macro_rules! planted {
 planted! {
     store: Self::Store(fault) => Some(fault), Option<nbd_store::StoreFault>, None;
     session: Self::Session(fault) => Some(fault), Option<nbd_session::Fault>, None;
+    forwards_stale_replies:
+        Self::Session(nbd_session::Fault::ForwardStaleReply) => true, bool, false;
     skips_second_look: Self::LeaseNotCheckedAfterRead => true, bool, false;
     disk_lies: Self::PersistedWithoutPayload => true, bool, false;
 }

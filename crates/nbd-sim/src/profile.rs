@@ -9,6 +9,9 @@ use rand::rngs::StdRng;
 use crate::random::{Draw, Purpose, Streams};
 use crate::time::{MILLISECOND, Nanos, SECOND};
 
+/// Sectors of a piece of a read in the product: 1 MiB.
+const PIECE_SECTORS: u64 = 2_048;
+
 /// Something that goes wrong, or is done to the cluster, now and then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FaultKind {
@@ -53,11 +56,15 @@ pub enum FaultKind {
     BitFlip,
     /// A node loses its disk, and joins anew.
     Wipe,
+    /// A volume becomes smaller and then as large as before, while clients work on it.
+    Resize,
+    /// A volume is deleted by force while clients work on it, and another one of its name created.
+    Recreate,
 }
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::Partition,
         Self::CutLeader,
         Self::CornerLeader,
@@ -76,6 +83,8 @@ impl FaultKind {
         Self::FullDisk,
         Self::BitFlip,
         Self::Wipe,
+        Self::Resize,
+        Self::Recreate,
     ];
 
     /// How often it strikes by default, when it does: the mean time between two of a kind.
@@ -86,7 +95,7 @@ impl FaultKind {
             Self::CutLeader | Self::CornerLeader | Self::CutAfterRound | Self::PauseLeader => {
                 1_500 * MILLISECOND
             }
-            Self::CrashInCheckpoint | Self::Strand => SECOND,
+            Self::CrashInCheckpoint | Self::Strand | Self::Resize | Self::Recreate => SECOND,
             Self::BitFlip | Self::FrontCrash | Self::FailedSync => 2 * SECOND,
             Self::FullDisk | Self::Blackout | Self::Wipe => 3 * SECOND,
         }
@@ -170,6 +179,8 @@ pub struct Profile {
     pub long_writes_ppm: u32,
     /// Chance of a mutation to trim a whole chunk, in millionths.
     pub chunk_trims_ppm: u32,
+    /// Sectors that leaders answer reads in at a time: pieces end at multiples of it.
+    pub piece_sectors: u64,
     /// How leaders know that they still lead.
     pub read_mode: ReadMode,
     /// How clocks differ in rate.
@@ -217,7 +228,15 @@ impl Profile {
         if rng.chance(400_000) {
             profile.disk.stall_ppm = rng.random_range(0..50_000);
         }
+        if rng.chance(500_000) {
+            profile.cut_reads(&mut rng);
+        }
         profile
+    }
+
+    /// Small pieces: most reads take several, and attachments are lost between them.
+    fn cut_reads(&mut self, rng: &mut StdRng) {
+        self.piece_sectors = rng.random_range(1..=8);
     }
 
     /// A world in which nothing goes wrong.
@@ -243,6 +262,7 @@ impl Profile {
             reads_ppm: rng.random_range(200_000..=700_000),
             long_writes_ppm: if rng.chance(200_000) { 400_000 } else { 30_000 },
             chunk_trims_ppm: 0,
+            piece_sectors: PIECE_SECTORS,
             read_mode: if rng.chance(200_000) { ReadMode::Quorum } else { ReadMode::Lease },
             drift: if rng.chance(700_000) { Drift::Any } else { Drift::None },
             log_cache_bytes: if rng.chance(500_000) { 0 } else { 1 << 20 },
@@ -272,7 +292,7 @@ impl Profile {
 
 impl Profile {
     /// The names of [`Self::named`].
-    pub const NAMES: [&'static str; 10] = [
+    pub const NAMES: [&'static str; 11] = [
         "calm",
         "elections",
         "cut",
@@ -283,13 +303,15 @@ impl Profile {
         "checkpoints",
         "log",
         "transfers",
+        "volumes",
     ];
 
     /// A profile of a certain kind; what else there is to it comes from the seed. `calm` is without
     /// faults; the others look at one thing closely: elections with nodes that lose power, reads
     /// while leaders are cut off, cornered or standing still, leases at the very end of which there
     /// may be another leader, sessions that are attached anew, checkpoints that power fails in, a
-    /// log that goes round, transfers that the log overtakes.
+    /// log that goes round, transfers that the log overtakes, volumes that change their size or go,
+    /// also while a replica is away.
     #[must_use]
     pub fn named(name: &str, seed: u64) -> Option<Self> {
         let mut rng = Streams::new(seed).of(Purpose::Profile);
@@ -321,6 +343,7 @@ impl Profile {
             "sessions" => {
                 (profile.hot_sectors, profile.reads_ppm) = (4, 400_000);
                 profile.think_max = 8 * MILLISECOND;
+                profile.cut_reads(&mut rng);
                 &[
                     (FaultKind::Reset, 120 * MILLISECOND),
                     (FaultKind::Transfer, 500 * MILLISECOND),
@@ -351,6 +374,19 @@ impl Profile {
             "transfers" => {
                 profile.watch_transfers(&mut rng);
                 &[(FaultKind::Strand, 500 * MILLISECOND)]
+            }
+            "volumes" => {
+                profile.watch_transfers(&mut rng);
+                profile.volumes = 2;
+                (profile.sectors, profile.hot_sectors) = (1_024, 1_000);
+                (profile.operations, profile.long_writes_ppm) = (800, 300_000);
+                profile.transfer_delay_max = rng.span(MILLISECOND, 50 * MILLISECOND);
+                &[
+                    (FaultKind::Resize, 250 * MILLISECOND),
+                    (FaultKind::Recreate, 600 * MILLISECOND),
+                    (FaultKind::Strand, 900 * MILLISECOND),
+                    (FaultKind::Crash, 900 * MILLISECOND),
+                ]
             }
             _ => return None,
         };

@@ -11,8 +11,10 @@
 //! - `node`: a node and its life. `log`: its log thread and checkpoints. `server`: what it does for
 //!   front ends. `resync`: bringing a replica up to date.
 //! - `front`: sessions and the way to the leader. `clients`: what is asked for.
+//! - `catalogue`: volumes that change and go.
 //! - `nemesis`: what goes wrong. `ending`: healing, and the last checks.
 
+mod catalogue;
 mod clients;
 mod ending;
 mod front;
@@ -54,7 +56,7 @@ const END: SimTime = SimTime(120 * crate::time::SECOND);
 /// Within how long a host takes up what has gathered while it stood still.
 const PAUSE_JITTER: Nanos = 200_000;
 
-/// A read on its way through a leader.
+/// A piece of a read on its way through a leader.
 #[derive(Debug, Clone)]
 struct ReadJob {
     connection: ConnectionId,
@@ -63,6 +65,8 @@ struct ReadJob {
     volume: VolumeId,
     offset: u64,
     len: u64,
+    /// Where the read ends; behind this piece there are others if that is not its end.
+    end: u64,
     /// It was begun under the lease, which must still hold at its end.
     leased: bool,
 }
@@ -92,7 +96,8 @@ enum Reply {
     Member { node: usize },
 }
 
-/// What travels over connections.
+/// What travels over connections. `Found` is the next piece of a read; without bytes, the read has
+/// failed.
 #[derive(Debug)]
 enum Letter {
     Hello { shard: ShardId, session: SessionId, epoch: Epoch, volume: VolumeId, owner: Owner },
@@ -167,6 +172,14 @@ struct Volume {
     name: String,
     /// Known once it was created.
     id: Option<VolumeId>,
+    /// Something is being done to it as a whole.
+    busy: bool,
+    /// Its size has changed before.
+    resized: bool,
+    /// It is gone.
+    deleted: bool,
+    /// What was created in its place.
+    successor: Option<usize>,
 }
 
 /// How often what happened: shows whether worlds come to the places that matter.
@@ -432,6 +445,7 @@ impl World {
             self.fail(breach);
             return;
         }
+        self.volumes_changed();
         if (before.role, before.term) != (after.role, after.term) {
             let (role, term) = (after.role as u8, after.term.0);
             self.tell(&Told::Role { node, shard: shard.0, role, term });

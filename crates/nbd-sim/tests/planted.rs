@@ -9,8 +9,9 @@ use nbd_sim::profile::Profile;
 use nbd_sim::run::run;
 
 /// The profile that looks closest at the rule, by the name of the mistake.
-const CASES: [(&str, &str); 14] = [
+const CASES: [(&str, &str); 19] = [
     ("ack-before-persist", "elections"),
+    ("deleted-chunks-kept", "volumes"),
     ("epoch-at-admission-only", "sessions"),
     ("lease-not-checked-after-read", "pauses"),
     ("lease-overlong", "leases"),
@@ -19,7 +20,11 @@ const CASES: [(&str, &str); 14] = [
     ("no-wait-after-restart", "corner"),
     ("overtaken-transfer-taken", "transfers"),
     ("partial-block-in-place", "checkpoints"),
+    ("partial-read-restarted", "sessions"),
     ("persisted-without-payload", "elections"),
+    ("replay-reordered", "sessions"),
+    ("replay-without-resume", "sessions"),
+    ("shrunk-bytes-kept", "volumes"),
     ("slot-reused-early", "checkpoints"),
     ("stale-reply-forwarded", "sessions"),
     ("vote-before-persist", "elections"),

@@ -25,10 +25,18 @@
 //! | 3 WriteZeroes (flag 1: NO_HOLE) | yes | yes | range | |
 //! | 4 OpenSession | session, epoch | yes | owner: node, incarnation | |
 //! | 5 CloseSession | session, epoch | 0 | 0 | |
-//! | 6 CreateVolume | 0 | 0 | length = size | u16 name bytes, u16 description bytes, name, description |
+//! | 6 CreateVolume (of versions before labels) | 0 | 0 | length = size | see `catalogue` |
 //! | 7 AddCounter | 0 | 0 | length = i64 to add | |
 //! | 8 EndSessions | 0 | 0 | owner: node, incarnation | |
 //! | 9 RegisterReplica | 0 | 0 | length = id | u128 directory, then texts as in [`crate::members`] |
+//! | 10 UpdateVolume | 0 | yes | offset = now in ms | see `catalogue` |
+//! | 11 ResizeVolume (flag 2: FORCE) | seq = size it must have, or 0 | yes | offset = now in ms, length = size | |
+//! | 12 DeleteVolume (flag 2: FORCE) | 0 | yes | 0 | |
+//! | 13 CordonNode | 0 | 0 | length = 1, or 0: no more | name of the node |
+//! | 14 SetReplacement | 0 | 0 | old replica, new replica or 0 | |
+//! | 15 NewVolume | 0 | 0 | length = size | see `catalogue` |
+
+mod catalogue;
 
 use std::ops::Range;
 
@@ -36,11 +44,13 @@ use bytes::{BufMut, Bytes, BytesMut};
 use nbd_log::checksum::crc32c;
 use nbd_topology::ReplicaId;
 
-use crate::ids::{Epoch, Owner, SessionId, VolumeId};
-use crate::limits::{
-    BLOCK_BYTES, DESCRIPTION_BYTES_MAX, FRAGMENTS_MAX, MUTATION_BYTES_MAX, VOLUME_NAME_BYTES_MAX,
-    to_usize,
+pub use self::catalogue::{
+    CreateVolumeBody, NewVolume, UpdateVolumeBody, VolumeUpdate, encode_cordon_node,
+    encode_create_volume, encode_delete_volume, encode_new_volume, encode_resize_volume,
+    encode_set_replacement, encode_update_volume,
 };
+use crate::ids::{Epoch, Owner, SessionId, VolumeId};
+use crate::limits::{BLOCK_BYTES, FRAGMENTS_MAX, MUTATION_BYTES_MAX, to_usize};
 use crate::members::{ReplicaRegistration, encode_registration};
 
 /// Bytes of a command before its checksums, payload or body.
@@ -48,6 +58,8 @@ pub const COMMAND_HEADER_BYTES: usize = 64;
 
 /// Flag of [`CommandKind::WriteZeroes`]: the range stays allocated.
 const FLAG_NO_HOLE: u8 = 1;
+/// Flag of [`CommandKind::ResizeVolume`] and [`CommandKind::DeleteVolume`]: whatever is lost.
+const FLAG_FORCE: u8 = 2;
 
 /// What a command does. The numbers are stored in logs and never change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +75,7 @@ pub enum CommandKind {
     OpenSession = 4,
     /// Ends a session.
     CloseSession = 5,
-    /// Creates a volume, or finds the one of that name.
+    /// Creates a volume, or finds the one of that name; as versions before labels wrote it.
     CreateVolume = 6,
     /// Adds to the shard's counter.
     AddCounter = 7,
@@ -71,6 +83,20 @@ pub enum CommandKind {
     EndSessions = 8,
     /// Makes a replica known, so that it can become a member.
     RegisterReplica = 9,
+    /// Changes a volume's description and labels.
+    UpdateVolume = 10,
+    /// Changes a volume's size.
+    ResizeVolume = 11,
+    /// Deletes a volume.
+    DeleteVolume = 12,
+    /// Keeps a node from leading and from taking on replicas, or lets it.
+    CordonNode = 13,
+    /// Notes that a replica is to take another one's place.
+    SetReplacement = 14,
+    /// Creates a volume, or finds the one of that name: with labels, a key and a time. Not a longer
+    /// body of [`Self::CreateVolume`]: a replica of a version that does not know it must refuse the
+    /// entry rather than judge it otherwise than the others.
+    NewVolume = 15,
 }
 
 impl CommandKind {
@@ -85,8 +111,35 @@ impl CommandKind {
             7 => Self::AddCounter,
             8 => Self::EndSessions,
             9 => Self::RegisterReplica,
+            10 => Self::UpdateVolume,
+            11 => Self::ResizeVolume,
+            12 => Self::DeleteVolume,
+            13 => Self::CordonNode,
+            14 => Self::SetReplacement,
+            15 => Self::NewVolume,
             _ => return None,
         })
+    }
+
+    /// Flags that it may have.
+    const fn flags(self) -> u8 {
+        match self {
+            Self::WriteZeroes => FLAG_NO_HOLE,
+            Self::ResizeVolume | Self::DeleteVolume => FLAG_FORCE,
+            _ => 0,
+        }
+    }
+
+    /// Whether there is anything behind the header.
+    const fn has_body(self) -> bool {
+        matches!(
+            self,
+            Self::CreateVolume
+                | Self::NewVolume
+                | Self::RegisterReplica
+                | Self::UpdateVolume
+                | Self::CordonNode
+        )
     }
 }
 
@@ -97,18 +150,24 @@ pub struct CommandHeader {
     pub kind: CommandKind,
     /// `WriteZeroes` must leave the range allocated.
     pub no_hole: bool,
+    /// `ResizeVolume` may shrink the volume, `DeleteVolume` may end its sessions.
+    pub force: bool,
     /// Who asks.
     pub session: SessionId,
     /// Generation of the session.
     pub epoch: Epoch,
-    /// Number of the mutation in its session.
+    /// Number of the mutation in its session; the size that the volume must have, or 0, for
+    /// `ResizeVolume`.
     pub seq: u64,
     /// The volume meant.
     pub volume: VolumeId,
-    /// First byte of the range; the owner's node for `OpenSession` and `EndSessions`.
+    /// First byte of the range; the owner's node for `OpenSession` and `EndSessions`; when it was
+    /// asked for, for `UpdateVolume` and `ResizeVolume`; the replica that goes, for
+    /// `SetReplacement`.
     pub offset: u64,
-    /// Bytes in the range; the size for `CreateVolume`; the addend for `AddCounter`; the id for
-    /// `RegisterReplica`; the owner's incarnation for `OpenSession` and `EndSessions`.
+    /// Bytes in the range; the size for `CreateVolume`, `NewVolume` and `ResizeVolume`; the addend
+    /// for `AddCounter`; the id for `RegisterReplica`; the owner's incarnation for `OpenSession`
+    /// and `EndSessions`; 1 or 0 for `CordonNode`; the replica that comes, for `SetReplacement`.
     pub length: u64,
 }
 
@@ -144,15 +203,9 @@ pub enum CommandError {
     /// A name or description that is empty, too long or not UTF-8.
     #[error("bad volume name or description")]
     BadName,
-}
-
-/// Name and description in a `CreateVolume` command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CreateVolumeBody<'a> {
-    /// The volume's name: 1 to 4096 bytes.
-    pub name: &'a str,
-    /// Free text: up to 4096 bytes.
-    pub description: &'a str,
+    /// Labels that a volume cannot have, see [`crate::labels`].
+    #[error("bad labels")]
+    BadLabels,
 }
 
 /// Number of block-sized pieces of `[offset, offset + len)`.
@@ -236,13 +289,13 @@ fn decode_one(data: &[u8], start: usize) -> Result<DecodedCommand, CommandError>
     let kind = CommandKind::from_u8(rest[4]).ok_or(CommandError::UnknownKind(rest[4]))?;
     let flags = rest[5];
     let fragments = u64::from(u16::from_le_bytes([rest[6], rest[7]]));
-    let allowed_flags = if kind == CommandKind::WriteZeroes { FLAG_NO_HOLE } else { 0 };
-    if flags & !allowed_flags != 0 || u32_at(rest, 28) != 0 {
+    if flags & !kind.flags() != 0 || u32_at(rest, 28) != 0 {
         return Err(CommandError::ReservedBits);
     }
     let header = CommandHeader {
         kind,
         no_hole: flags & FLAG_NO_HOLE != 0,
+        force: flags & FLAG_FORCE != 0,
         session: SessionId(u128::from_le_bytes(rest[8..24].try_into().expect("16 bytes"))),
         epoch: Epoch(u32_at(rest, 24)),
         seq: u64_at(rest, 32),
@@ -278,33 +331,10 @@ fn check_lengths(header: &CommandHeader, fragments: u64, body: u64) -> Result<()
         }
         return Ok(());
     }
-    let has_body = matches!(header.kind, CommandKind::CreateVolume | CommandKind::RegisterReplica);
-    if fragments != 0 || (body != 0 && !has_body) {
+    if fragments != 0 || (body != 0 && !header.kind.has_body()) {
         return Err(CommandError::BadLength);
     }
     Ok(())
-}
-
-impl<'a> CreateVolumeBody<'a> {
-    /// Reads the body of a `CreateVolume` command.
-    ///
-    /// # Errors
-    /// [`CommandError::BadName`] or [`CommandError::BadLength`].
-    pub fn decode(body: &'a [u8]) -> Result<Self, CommandError> {
-        let (lengths, text) = body.split_at_checked(4).ok_or(CommandError::Truncated)?;
-        let name_len = usize::from(u16::from_le_bytes([lengths[0], lengths[1]]));
-        let description_len = usize::from(u16::from_le_bytes([lengths[2], lengths[3]]));
-        if text.len() != name_len + description_len {
-            return Err(CommandError::BadLength);
-        }
-        let name_fits = (1..=VOLUME_NAME_BYTES_MAX).contains(&name_len);
-        if !name_fits || description_len > DESCRIPTION_BYTES_MAX {
-            return Err(CommandError::BadName);
-        }
-        let (name, description) = text.split_at(name_len);
-        let utf8 = |bytes| std::str::from_utf8(bytes).map_err(|_| CommandError::BadName);
-        Ok(Self { name: utf8(name)?, description: utf8(description)? })
-    }
 }
 
 /// Builds a write command around the buffer that its payload is received into, so that the payload
@@ -348,6 +378,7 @@ impl WriteBuilder {
             header: CommandHeader {
                 kind: CommandKind::Write,
                 no_hole: false,
+                force: false,
                 session,
                 epoch,
                 seq,
@@ -388,7 +419,8 @@ fn put_header(mut out: &mut [u8], header: &CommandHeader, fragments: u64, total:
     debug_assert!(fragments <= FRAGMENTS_MAX);
     out.put_u32_le(u32::try_from(total).expect("a command is far shorter than 4 GiB"));
     out.put_u8(header.kind as u8);
-    out.put_u8(if header.no_hole { FLAG_NO_HOLE } else { 0 });
+    let no_hole = if header.no_hole { FLAG_NO_HOLE } else { 0 };
+    out.put_u8(no_hole | if header.force { FLAG_FORCE } else { 0 });
     out.put_u16_le(u16::try_from(fragments).expect("a mutation has at most 257 fragments"));
     out.put_u128_le(header.session.0);
     out.put_u32_le(header.epoch.0);
@@ -403,6 +435,14 @@ fn put_header(mut out: &mut [u8], header: &CommandHeader, fragments: u64, total:
 fn encode_header_only(header: &CommandHeader) -> Bytes {
     let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
     put_header(&mut out, header, 0, COMMAND_HEADER_BYTES);
+    out.freeze()
+}
+
+/// A command that is a header and a body.
+fn encode_with_body(header: &CommandHeader, body: &[u8]) -> Bytes {
+    let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
+    put_header(&mut out, header, 0, COMMAND_HEADER_BYTES + body.len());
+    out.put_slice(body);
     out.freeze()
 }
 
@@ -435,8 +475,9 @@ pub fn encode_trim(
     length: u64,
 ) -> Bytes {
     let kind = CommandKind::Trim;
+    let (no_hole, force) = (false, false);
     let header =
-        CommandHeader { kind, no_hole: false, session, epoch, seq, volume, offset, length };
+        CommandHeader { kind, no_hole, force, session, epoch, seq, volume, offset, length };
     encode_header_only(&header)
 }
 
@@ -452,7 +493,9 @@ pub fn encode_write_zeroes(
     no_hole: bool,
 ) -> Bytes {
     let kind = CommandKind::WriteZeroes;
-    let header = CommandHeader { kind, no_hole, session, epoch, seq, volume, offset, length };
+    let force = false;
+    let header =
+        CommandHeader { kind, no_hole, force, session, epoch, seq, volume, offset, length };
     encode_header_only(&header)
 }
 
@@ -467,6 +510,7 @@ pub fn encode_open_session(
     encode_header_only(&CommandHeader {
         kind: CommandKind::OpenSession,
         no_hole: false,
+        force: false,
         session,
         epoch,
         seq: 0,
@@ -482,6 +526,7 @@ pub fn encode_close_session(session: SessionId, epoch: Epoch) -> Bytes {
     encode_header_only(&CommandHeader {
         kind: CommandKind::CloseSession,
         no_hole: false,
+        force: false,
         session,
         epoch,
         seq: 0,
@@ -489,38 +534,6 @@ pub fn encode_close_session(session: SessionId, epoch: Epoch) -> Bytes {
         offset: 0,
         length: 0,
     })
-}
-
-/// Creates the volume `name` of `size` bytes.
-///
-/// # Errors
-/// [`CommandError::BadName`] when the name is empty or either text is too long. The size is judged
-/// when the command is applied.
-pub fn encode_create_volume(
-    name: &str,
-    size: u64,
-    description: &str,
-) -> Result<Bytes, CommandError> {
-    let length_of = |text: &str, bytes_max: usize| {
-        u16::try_from(text.len())
-            .ok()
-            .filter(|_| text.len() <= bytes_max)
-            .ok_or(CommandError::BadName)
-    };
-    let name_len = length_of(name, VOLUME_NAME_BYTES_MAX)?;
-    let description_len = length_of(description, DESCRIPTION_BYTES_MAX)?;
-    if name_len == 0 {
-        return Err(CommandError::BadName);
-    }
-    let header = metadata_header(CommandKind::CreateVolume, size);
-    let total = COMMAND_HEADER_BYTES + 4 + name.len() + description.len();
-    let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
-    put_header(&mut out, &header, 0, total);
-    out.put_u16_le(name_len);
-    out.put_u16_le(description_len);
-    out.put_slice(name.as_bytes());
-    out.put_slice(description.as_bytes());
-    Ok(out.freeze())
 }
 
 /// Adds `addend` to the shard's counter.
@@ -553,17 +566,14 @@ pub fn encode_register_replica(
         return Err(CommandError::BadName);
     }
     let header = metadata_header(CommandKind::RegisterReplica, id.get());
-    let body = encode_registration(new);
-    let mut out = BytesMut::zeroed(COMMAND_HEADER_BYTES);
-    put_header(&mut out, &header, 0, COMMAND_HEADER_BYTES + body.len());
-    out.put_slice(&body);
-    Ok(out.freeze())
+    Ok(encode_with_body(&header, &encode_registration(new)))
 }
 
 const fn metadata_header(kind: CommandKind, length: u64) -> CommandHeader {
     CommandHeader {
         kind,
         no_hole: false,
+        force: false,
         session: SessionId::NONE,
         epoch: Epoch(0),
         seq: 0,

@@ -22,6 +22,12 @@ pub enum StoreFault {
     /// What a source said before the log went on is taken all the same.
     #[cfg(feature = "planted-faults")]
     OvertakenTransferTaken,
+    /// What a volume held stays at home when it is deleted.
+    #[cfg(feature = "planted-faults")]
+    DeletedChunksKept,
+    /// What is cut off when a volume shrinks is there again when it grows.
+    #[cfg(feature = "planted-faults")]
+    ShrunkBytesKept,
 }
 
 /// The fault planted in a store, if any.
@@ -46,5 +52,7 @@ faults!(
     reuses_slots_early: SlotReusedEarly,
     frees_log_early: LogFreedBeforeSync,
     splits_in_place: PartialBlockInPlace,
-    takes_overtaken: OvertakenTransferTaken
+    takes_overtaken: OvertakenTransferTaken,
+    keeps_deleted_chunks: DeletedChunksKept,
+    keeps_what_is_cut_off: ShrunkBytesKept
 );

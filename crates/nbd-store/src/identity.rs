@@ -120,6 +120,29 @@ impl Identity {
         }
     }
 
+    /// The identity of a data directory, `None` of an empty one. Changes nothing.
+    ///
+    /// # Errors
+    /// The directory holds something else, its identity is damaged or of another version, or the
+    /// disk fails.
+    pub fn peek(disk: &dyn Disk) -> Result<Option<Self>, IdentityError> {
+        if disk.exists(IDENTITY_FILE)? {
+            return Self::read(disk).map(Some);
+        }
+        Self::refuse_foreign(disk)?;
+        Ok(None)
+    }
+
+    fn read(disk: &dyn Disk) -> Result<Self, IdentityError> {
+        let file = disk.open(IDENTITY_FILE, OpenMode::Existing)?;
+        let mut bytes = [0; IDENTITY_BYTES];
+        if file.len()? != IDENTITY_BYTES as u64 {
+            return Err(IdentityError::Damaged);
+        }
+        file.read_exact_at(&mut bytes, 0)?;
+        Self::decode(&bytes)
+    }
+
     /// Reads the identity of the data directory, or gives an empty directory one.
     pub(crate) fn open(
         disk: &dyn Disk,
@@ -128,20 +151,12 @@ impl Identity {
         segment_bytes: u64,
         rng: &mut dyn RngCore,
     ) -> Result<Self, IdentityError> {
-        if !disk.exists(IDENTITY_FILE)? {
-            Self::refuse_foreign(disk)?;
+        let Some(found) = Self::peek(disk)? else {
             let (cluster, node) = (cluster.clone(), node.clone());
             let new = Self { cluster, node, directory: rng.random(), segment_bytes };
             new.create(disk)?;
             return Ok(new);
-        }
-        let file = disk.open(IDENTITY_FILE, OpenMode::Existing)?;
-        let mut bytes = [0; IDENTITY_BYTES];
-        if file.len()? != IDENTITY_BYTES as u64 {
-            return Err(IdentityError::Damaged);
-        }
-        file.read_exact_at(&mut bytes, 0)?;
-        let found = Self::decode(&bytes)?;
+        };
         if found.cluster != *cluster {
             return Err(IdentityError::Cluster { expected: cluster.clone(), found: found.cluster });
         }

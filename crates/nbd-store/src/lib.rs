@@ -18,6 +18,7 @@
 //! - `shard`: the state machine, [`ShardWriter`], [`ShardReader`], [`ReadPlan`].
 //! - `chunk`: chunks at home: the metadata database, slots.
 //! - [`checkpoint`]: bringing changes home, and the rules that make it safe.
+//! - [`labels`]: what volumes are told apart by.
 //! - [`members`]: the replicas of a shard; [`transfer`]: what they send each other.
 //! - [`space`]: whether there is room for a mutation.
 //! - [`limits`]: every bound, by name.
@@ -35,6 +36,7 @@ mod fault;
 mod golden;
 pub mod identity;
 pub mod ids;
+pub mod labels;
 pub mod limits;
 pub mod members;
 pub mod node;
@@ -50,9 +52,11 @@ pub use checkpoint::{CheckpointError, CheckpointGauge, CheckpointReport, Checkpo
 pub use chunk::database::MetadataError;
 pub use chunk::meta::ChunkKey;
 pub use command::{
-    CommandError, CommandHeader, CommandKind, DecodedCommand, WriteBuilder, decode_all,
-    encode_add_counter, encode_close_session, encode_create_volume, encode_end_sessions,
-    encode_open_session, encode_register_replica, encode_trim, encode_write, encode_write_zeroes,
+    CommandError, CommandHeader, CommandKind, DecodedCommand, NewVolume, VolumeUpdate,
+    WriteBuilder, decode_all, encode_add_counter, encode_close_session, encode_cordon_node,
+    encode_create_volume, encode_delete_volume, encode_end_sessions, encode_new_volume,
+    encode_open_session, encode_register_replica, encode_resize_volume, encode_set_replacement,
+    encode_trim, encode_update_volume, encode_write, encode_write_zeroes, is_sound,
     write_command_prefix_len,
 };
 pub use fault::StoreFault;
@@ -60,8 +64,9 @@ pub use identity::{Identity, IdentityError};
 pub use ids::{ChunkIndex, Epoch, Owner, SessionId, VolumeId};
 pub use members::{Formation, ReplicaAddresses, ReplicaInfo, ReplicaRegistration};
 pub use node::{NodeStore, OpenError, RecoveredShard, StoreOptions};
-pub use outcome::{Outcome, Rejection, SessionInfo, VolumeInfo};
+pub use outcome::{Labels, Outcome, Rejection, SessionInfo, VolumeInfo};
 pub use recovery::{EntryPlace, MissingEntries, RaftRecovered, TailEntry};
+pub use shard::list::{ListPosition, ListQuery, VolumeOrder};
 pub use shard::plan::{Place, ReadError, ReadPlan, Segment};
 pub use shard::reader::ShardReader;
 pub use shard::status::{BlockStatus, Extent};

@@ -35,7 +35,19 @@ pub const VOLUME_NAME_BYTES_MAX: usize = 4096;
 /// Longest description of a volume, in bytes of UTF-8 (NBD's bound for descriptions).
 pub const DESCRIPTION_BYTES_MAX: usize = 4096;
 
-/// Volumes in one shard. Each costs about 200 bytes of memory besides its name.
+/// Labels of one volume.
+pub const LABELS_MAX: usize = 64;
+
+/// Longest name of a label, in bytes of `[A-Za-z0-9._/-]`.
+pub const LABEL_NAME_BYTES_MAX: usize = 63;
+
+/// Longest value of a label, in bytes of UTF-8.
+pub const LABEL_VALUE_BYTES_MAX: usize = 255;
+
+/// Volumes, or sessions, that a listing looks at before it lets go of the lock for a moment.
+pub(crate) const LOOKED_AT_PER_LOCK: usize = 512;
+
+/// Volumes in one shard. Each costs about 400 bytes of memory besides its texts.
 pub const VOLUMES_MAX: usize = 65_536;
 
 /// Open sessions in one shard. Each costs about 150 bytes of memory.
@@ -50,6 +62,9 @@ pub const ADDRESS_BYTES_MAX: usize = 300;
 
 /// Replicas known in one shard, members and those about to be.
 pub const REPLICAS_KNOWN_MAX: usize = 64;
+
+/// Nodes that can be cordoned in one shard.
+pub const CORDONED_MAX: usize = 64;
 
 /// Chunks of the largest volume.
 pub const CHUNKS_PER_VOLUME_MAX: u64 = VOLUME_BYTES_MAX / CHUNK_BYTES;

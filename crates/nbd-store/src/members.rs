@@ -12,13 +12,15 @@
 //! +--------+----------------+----------------+-----------+-----------+-----------+-----------+
 //! | id u64 | directory u128 | lengths 4 x u16| node name | NBD addr. | gRPC addr.| HTTP addr.|
 //! +--------+----------------+----------------+-----------+-----------+-----------+-----------+
+//! then, unless both are none: cordoned u32, replacements u32,
+//!     each cordoned node: | length u16 | name |   each replacement: | old u64 | new u64 |
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nbd_topology::{Membership, MembershipChange, NodeName, ReplicaId};
 
-use crate::limits::{ADDRESS_BYTES_MAX, REPLICAS_KNOWN_MAX};
+use crate::limits::{ADDRESS_BYTES_MAX, CORDONED_MAX, REPLICAS_KNOWN_MAX};
 use crate::outcome::Rejection;
 
 /// Where a replica's node is reached, as `host:port` each; empty where it is not.
@@ -77,12 +79,22 @@ pub(crate) struct Members {
     pub(crate) replicas: BTreeMap<ReplicaId, ReplicaInfo>,
     /// Never goes back.
     pub(crate) next_replica: u64,
+    /// Nodes that are to lead nothing and to take on no replica.
+    pub(crate) cordoned: BTreeSet<NodeName>,
+    /// By which replica a member is to be replaced.
+    pub(crate) replacements: BTreeMap<ReplicaId, ReplicaId>,
 }
 
 impl Default for Members {
     /// Those of a shard that was not formed.
     fn default() -> Self {
-        Self { membership: Membership::default(), replicas: BTreeMap::new(), next_replica: 1 }
+        Self {
+            membership: Membership::default(),
+            replicas: BTreeMap::new(),
+            next_replica: 1,
+            cordoned: BTreeSet::new(),
+            replacements: BTreeMap::new(),
+        }
     }
 }
 
@@ -110,6 +122,7 @@ impl Members {
             membership: formation.membership.clone(),
             replicas,
             next_replica: formation.next_replica,
+            ..Self::default()
         };
         let own_is_known = formation.replica.get() < formation.next_replica;
         (whole && own_is_known && members.is_valid()).then_some(members)
@@ -126,8 +139,11 @@ impl Members {
     }
 
     fn is_valid(&self) -> bool {
-        let ids = self.membership.all().chain(self.replicas.keys().copied());
-        self.replicas.len() <= REPLICAS_KNOWN_MAX
+        let replacing = self.replacements.iter().flat_map(|(old, new)| [*old, *new]);
+        let ids = self.membership.all().chain(self.replicas.keys().copied()).chain(replacing);
+        self.cordoned.len() <= CORDONED_MAX
+            && self.replacements.len() <= REPLICAS_KNOWN_MAX
+            && self.replicas.len() <= REPLICAS_KNOWN_MAX
             && self.membership.all().count() <= REPLICAS_KNOWN_MAX
             && self.replicas.values().all(ReplicaInfo::is_bounded)
             && ids.max().is_none_or(|highest| highest.get() < self.next_replica)
@@ -138,9 +154,44 @@ impl Members {
         if let Some(next) = self.membership.after(change) {
             self.membership = next;
             if let MembershipChange::Remove(replica) = change {
-                self.replicas.remove(&replica);
+                self.forget(replica);
             }
         }
+    }
+
+    fn forget(&mut self, replica: ReplicaId) {
+        self.replicas.remove(&replica);
+        self.replacements.retain(|old, new| *old != replica && *new != replica);
+    }
+
+    /// Cordons a node, or lets it be.
+    pub(crate) fn cordon(&mut self, node: NodeName, cordoned: bool) -> Result<(), Rejection> {
+        if !cordoned {
+            self.cordoned.remove(&node);
+            return Ok(());
+        }
+        if self.cordoned.len() >= CORDONED_MAX && !self.cordoned.contains(&node) {
+            return Err(Rejection::LimitReached);
+        }
+        self.cordoned.insert(node);
+        Ok(())
+    }
+
+    /// Notes that `new` is to take the place of the member `old`, or that nobody is.
+    pub(crate) fn replace(
+        &mut self,
+        old: ReplicaId,
+        new: Option<ReplicaId>,
+    ) -> Result<(), Rejection> {
+        let Some(new) = new else {
+            self.replacements.remove(&old);
+            return Ok(());
+        };
+        if old == new || !self.membership.contains(old) || !self.replicas.contains_key(&new) {
+            return Err(Rejection::BadCommand);
+        }
+        self.replacements.insert(old, new);
+        Ok(())
     }
 
     /// Makes a replica known by `id`, or finds the id that its directory has; the addresses are
@@ -162,8 +213,11 @@ impl Members {
         let next_replica = id.get().checked_add(1).ok_or(Rejection::BadCommand)?;
         if self.replicas.len() >= REPLICAS_KNOWN_MAX {
             // One that registered and never became a member, as after a disk that kept being wiped.
-            let stranger = self.replicas.keys().copied().find(|id| !self.membership.contains(*id));
-            self.replicas.remove(&stranger.ok_or(Rejection::LimitReached)?);
+            let is_stranger = |id: &ReplicaId| {
+                !self.membership.contains(*id) && !self.replacements.values().any(|new| new == id)
+            };
+            let stranger = self.replicas.keys().copied().find(is_stranger);
+            self.forget(stranger.ok_or(Rejection::LimitReached)?);
         }
         let info = ReplicaInfo { id, node, directory, addresses };
         self.replicas.insert(id, info.clone());
@@ -188,6 +242,20 @@ impl Members {
             out.extend(id.get().to_le_bytes());
             out.extend(directory.to_le_bytes());
             put_texts(&mut out, node, addresses);
+        }
+        if self.cordoned.is_empty() && self.replacements.is_empty() {
+            return out;
+        }
+        out.extend(count(self.cordoned.len()));
+        out.extend(count(self.replacements.len()));
+        for node in &self.cordoned {
+            let len = u16::try_from(node.as_str().len()).expect("names are bounded");
+            out.extend(len.to_le_bytes());
+            out.extend(node.as_str().as_bytes());
+        }
+        for (old, new) in &self.replacements {
+            out.extend(old.get().to_le_bytes());
+            out.extend(new.get().to_le_bytes());
         }
         out
     }
@@ -215,10 +283,37 @@ impl Members {
             let (node, addresses) = take_texts(&mut rest)?;
             infos.insert(id, ReplicaInfo { id, node, directory, addresses });
         }
-        let members = Self { membership, replicas: infos, next_replica };
+        let (cordoned, replacements) =
+            if rest.0.is_empty() { Default::default() } else { take_plans(&mut rest)? };
+        let members = Self { membership, replicas: infos, next_replica, cordoned, replacements };
         // Whatever was repeated or out of order is not what would have been written.
         (rest.0.is_empty() && members.is_valid() && members.encode() == body).then_some(members)
     }
+}
+
+/// The cordoned nodes and the replacements in a stored body.
+fn take_plans(
+    rest: &mut Input<'_>,
+) -> Option<(BTreeSet<NodeName>, BTreeMap<ReplicaId, ReplicaId>)> {
+    let counts = [rest.u32()? as usize, rest.u32()? as usize];
+    if counts[0] > CORDONED_MAX || counts[1] > REPLICAS_KNOWN_MAX {
+        return None;
+    }
+    let mut cordoned = BTreeSet::new();
+    for _ in 0..counts[0] {
+        let len = usize::from(rest.u16()?);
+        cordoned.insert(decode_node(rest.take(len)?)?);
+    }
+    let mut replacements = BTreeMap::new();
+    for _ in 0..counts[1] {
+        replacements.insert(ReplicaId::new(rest.u64()?)?, ReplicaId::new(rest.u64()?)?);
+    }
+    Some((cordoned, replacements))
+}
+
+/// The name of a node, or `None` if it is not one.
+pub(crate) fn decode_node(name: &[u8]) -> Option<NodeName> {
+    std::str::from_utf8(name).ok()?.parse().ok()
 }
 
 /// The body of a command that registers a replica: the directory, then as in the record.
@@ -269,7 +364,11 @@ impl<'a> Input<'a> {
         self.take(N)?.try_into().ok()
     }
 
-    fn u16(&mut self) -> Option<u16> {
+    pub(crate) fn u8(&mut self) -> Option<u8> {
+        self.array().map(u8::from_le_bytes)
+    }
+
+    pub(crate) fn u16(&mut self) -> Option<u16> {
         self.array().map(u16::from_le_bytes)
     }
 

@@ -293,7 +293,7 @@ impl Home {
             let (expected, found) = (expected.copied().collect(), found.copied().collect());
             return Err(OpenError::Shards { expected, found });
         }
-        let base = Arc::new(Base::new(database, data, cache_bytes));
+        let base = Arc::new(Base::new(database, data, cache_bytes)?);
         let records = contents.shards.iter().copied().collect();
         Ok(Self { base, records, metadata: Metadata::sort(contents)?, slots })
     }

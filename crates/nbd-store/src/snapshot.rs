@@ -22,16 +22,17 @@ use nbd_topology::{LogIndex, ShardId, Term};
 use crate::chunk::database::Contents;
 use crate::chunk::record::{ShardRecord, decode_volume, encode_volume};
 use crate::ids::{SessionId, VolumeId};
-use crate::limits::{
-    SESSIONS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUME_SIZE_MULTIPLE, VOLUMES_MAX,
-};
+use crate::limits::{SESSIONS_MAX, VOLUMES_MAX};
 use crate::members::{Input, Members};
 use crate::outcome::VolumeInfo;
 use crate::shard::session::Session;
-use crate::shard::state::Metadata;
+use crate::shard::state::{Metadata, is_volume_size};
 use crate::transfer::ShardSnapshot;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The version before, whose volumes have neither labels nor times: these records are read as they
+/// are.
+const VERSION_BEFORE: u32 = 1;
 
 /// The snapshot of what the database holds of one shard. `None` if that is not one shard's.
 pub(crate) fn encode(contents: &Contents) -> Option<ShardSnapshot> {
@@ -79,7 +80,8 @@ pub(crate) fn decode(shard: ShardId, snapshot: &ShardSnapshot) -> Option<Metadat
         return None;
     }
     let mut rest = Input(body);
-    if rest.u32()? != VERSION || rest.u32()? != shard.0 {
+    let is_known = [VERSION, VERSION_BEFORE].contains(&rest.u32()?);
+    if !is_known || rest.u32()? != shard.0 {
         return None;
     }
     let record = ShardRecord {
@@ -122,10 +124,7 @@ pub(crate) fn decode(shard: ShardId, snapshot: &ShardSnapshot) -> Option<Metadat
 /// Whether the shard could have created such a volume.
 fn is_possible(shard: ShardId, record: &ShardRecord, info: &VolumeInfo) -> bool {
     let numbers = VolumeId::new(shard, 1)..=VolumeId::new(shard, record.volumes_created);
-    numbers.contains(&info.id)
-        && (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&info.size)
-        && info.size.is_multiple_of(VOLUME_SIZE_MULTIPLE)
-        && !info.name.is_empty()
+    numbers.contains(&info.id) && is_volume_size(info.size) && !info.name.is_empty()
 }
 
 #[cfg(test)]

@@ -14,8 +14,9 @@ use common::{CHUNK, Failure, Model, Node, Op, SESSION, SHARD, random_op};
 use nbd_log::io::{CrashStyle, MemoryDisk};
 use nbd_log::log::{EntryKind, EntryRecord, HardState, Record};
 use nbd_store::{
-    Applied, ChunkIndex, ChunkKey, OpenError, Outcome, ReceiveError, ShardSnapshot, VolumeId,
-    encode_add_counter, encode_create_volume,
+    Applied, ChunkIndex, ChunkKey, Epoch, OpenError, Outcome, ReceiveError, SessionId,
+    ShardSnapshot, VolumeId, encode_add_counter, encode_create_volume, encode_delete_volume,
+    encode_open_session, encode_resize_volume, encode_write,
 };
 use nbd_topology::{LogIndex, Term};
 use rand::rngs::StdRng;
@@ -32,6 +33,10 @@ struct History {
     model: Model,
     rng: StdRng,
     seq: u64,
+    /// Volumes created besides the first.
+    created: u64,
+    /// One that will be deleted.
+    passing: Option<VolumeId>,
 }
 
 impl History {
@@ -47,6 +52,38 @@ impl History {
             self.model.apply(op);
         }
         self.entries.push(data);
+        if self.rng.random_ratio(1, 8) {
+            self.shrink_and_grow();
+        }
+        if self.rng.random_ratio(1, 6) {
+            self.come_and_go();
+        }
+    }
+
+    fn shrink_and_grow(&mut self) {
+        let small = self.rng.random_range(SIZE / 1024..SIZE / 512) * 512;
+        for size in [small, SIZE] {
+            self.entries.push(encode_resize_volume(self.volume, None, size as u64, true, 0));
+            self.model.resize(size);
+        }
+    }
+
+    /// A volume is created and written to, and deleted later, attached or not.
+    fn come_and_go(&mut self) {
+        if let Some(volume) = self.passing.take() {
+            self.entries.push(encode_delete_volume(volume, true));
+            return;
+        }
+        let name = format!("passing-{}", self.created);
+        let create = encode_create_volume(&name, SIZE as u64, "").unwrap();
+        self.created += 1;
+        let volume = VolumeId(self.volume.0 + self.created);
+        let session = SessionId(0xbeef_0000 + u128::from(self.created));
+        self.entries.push(create);
+        self.entries.push(encode_open_session(session, Epoch(1), volume, common::OWNER));
+        let bytes = vec![0x77; 5 * CHUNK];
+        self.entries.push(encode_write(session, Epoch(1), 1, volume, 4096, &bytes));
+        self.passing = Some(volume);
     }
 }
 
@@ -81,6 +118,8 @@ struct Setup {
     volume: VolumeId,
     model: Model,
     seq: u64,
+    created: u64,
+    passing: Option<VolumeId>,
     /// Entries that the receiver has in its log.
     appended: usize,
 }
@@ -97,10 +136,13 @@ fn setup(seed: u64) -> Setup {
         model: Model::new(SIZE),
         rng: StdRng::seed_from_u64(seed),
         seq: 0,
+        created: 0,
+        passing: None,
     };
     assert_eq!(node.index, LogIndex(2));
     (0..60).for_each(|_| history.change());
     history.entries.push(create("second"));
+    history.created += 1;
     history.entries.push(encode_add_counter(42));
     (0..20).for_each(|_| history.change());
 
@@ -117,8 +159,8 @@ fn setup(seed: u64) -> Setup {
         }
     }
     node.checkpoint().unwrap();
-    let History { entries, volume, model, seq, .. } = history;
-    Setup { source, receiver, entries, volume, model, seq, appended }
+    let History { entries, volume, model, seq, created, passing, .. } = history;
+    Setup { source, receiver, entries, volume, model, seq, created, passing, appended }
 }
 
 /// One walk over the manifest, with everything else going on in between.
@@ -204,6 +246,8 @@ impl Setup {
             model: self.model.clone(),
             rng: StdRng::seed_from_u64(seed),
             seq: self.seq,
+            created: self.created,
+            passing: self.passing,
         };
         (source, self.receiver.after_crash_as(CrashStyle::Kept, 0), history)
     }
@@ -331,7 +375,7 @@ fn a_chunk_that_the_old_log_brings_back_goes_again() {
     let mut entries = vec![create, common::open_session(volume), encode_add_counter(42)];
     entries.extend((1..).zip(ops).map(|(seq, op)| op.encode(seq, volume)));
     let (rng, seq) = (StdRng::seed_from_u64(1), 100);
-    let history = History { entries, volume, model, rng, seq };
+    let history = History { entries, volume, model, rng, seq, created: 0, passing: None };
 
     // The receiver has not yet applied what wrote chunks 3, 5 and 6.
     follow(&mut node, &history, 6, 4);
@@ -366,7 +410,8 @@ fn a_transfer_that_the_log_has_overtaken_is_refused() {
     ops.iter().for_each(|op| model.apply(*op));
     let mut entries = vec![create, common::open_session(volume)];
     entries.extend((1..).zip(ops).map(|(seq, op)| op.encode(seq, volume)));
-    let history = History { entries, volume, model, rng: StdRng::seed_from_u64(1), seq: 100 };
+    let (rng, seq) = (StdRng::seed_from_u64(1), 100);
+    let history = History { entries, volume, model, rng, seq, created: 0, passing: None };
 
     // The source has not yet trimmed chunk 3, nor written chunk 9, when it is asked.
     follow(&mut source, &history, 4, 4);

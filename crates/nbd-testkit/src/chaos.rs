@@ -1,16 +1,17 @@
 //! Three replicas under load, and faults by a schedule that a seed gives.
 //!
 //! One fault after another hits a node or the network, often the leader; some come two at a time,
-//! and some take everything down for a moment. Between them a majority can always work. When the
+//! and some take everything down for a moment. Clients attach to the nodes, or through load
+//! balancers, which are then hit as well. Between them a majority can always work. When the
 //! time is over everything is healed, all data is read through each replica and held against the
 //! load's account, and all replicas' stores must be equal.
 //!
 //! The seed fixes the kinds, lengths and order of the faults and the load's choices; real processes
 //! do not take the same steps twice, though.
 
+mod kind;
 mod report;
 
-use std::fmt;
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,6 +22,9 @@ use rand::{Rng as _, SeedableRng as _};
 use crate::cluster::Cluster;
 use crate::load::{Load, LoadOptions};
 use crate::network::Fault;
+use crate::server::ServerProcess;
+
+use self::kind::Kind;
 
 pub use self::report::Report;
 
@@ -52,78 +56,13 @@ pub struct ChaosOptions {
     pub duration: Duration,
     /// The load.
     pub load: LoadOptions,
-    /// The `nbd-replica` to run. Default: the one of this workspace, built if need be.
+    /// Load balancers that it attaches through; 0: it attaches to the nodes.
+    pub balancers: usize,
+    /// The `nbd-replica` to run, with `nbd-lb` beside it. Default: those of this workspace, built
+    /// if need be.
     pub program: Option<PathBuf>,
     /// Where the nodes keep their data. Default: the system's directory for temporary files.
     pub directory: Option<PathBuf>,
-}
-
-/// What happens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
-    /// SIGKILL, and a start.
-    Kill,
-    /// SIGTERM, and a start.
-    Terminate,
-    /// SIGSTOP and SIGCONT.
-    Pause,
-    /// SIGKILL, an empty data directory, and a start.
-    Wipe,
-    /// The node's connections to all others break, and new ones are refused.
-    Cut,
-    /// Nothing passes between the node and all others.
-    Hold,
-    /// Nothing that the node sends reaches the others.
-    HoldOut,
-    /// Nothing that the others send reaches the node.
-    HoldIn,
-    /// Connections between the node and one other break, and new ones are refused.
-    CutPair,
-    /// Nothing passes between the node and one other.
-    HoldPair,
-    /// What the node sends and receives takes longer.
-    Delay,
-    /// SIGKILL to all nodes, and a start of all.
-    Outage,
-}
-
-/// How often each kind comes, of [`weight_sum`], and how long it lasts, in milliseconds.
-const KINDS: [(Kind, u32, u64, u64); 12] = [
-    (Kind::Kill, 25, 0, 2500),
-    (Kind::Terminate, 10, 0, 1500),
-    (Kind::Pause, 15, 100, 3500),
-    (Kind::Wipe, 6, 0, 1000),
-    (Kind::Cut, 8, 200, 3500),
-    (Kind::Hold, 10, 200, 3500),
-    (Kind::HoldOut, 6, 200, 3500),
-    (Kind::HoldIn, 6, 200, 3500),
-    (Kind::CutPair, 4, 200, 3500),
-    (Kind::HoldPair, 4, 200, 3500),
-    (Kind::Delay, 3, 500, 2500),
-    (Kind::Outage, 3, 0, 1000),
-];
-
-fn weight_sum() -> u32 {
-    KINDS.iter().map(|(_, weight, _, _)| weight).sum()
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Kill => "kill -9",
-            Self::Terminate => "SIGTERM",
-            Self::Pause => "SIGSTOP",
-            Self::Wipe => "kill -9, wipe",
-            Self::Cut => "cut off",
-            Self::Hold => "silent",
-            Self::HoldOut => "not heard",
-            Self::HoldIn => "deaf",
-            Self::CutPair => "pair cut",
-            Self::HoldPair => "pair silent",
-            Self::Delay => "slow",
-            Self::Outage => "full outage",
-        })
-    }
 }
 
 /// A fault that was.
@@ -133,7 +72,7 @@ struct Event {
     leader: bool,
     /// Whether another node failed within it.
     second: bool,
-    /// Names of the nodes whose clients it may stop.
+    /// Names of those whose clients it may stop.
     victims: Vec<String>,
     begin: Instant,
     /// When the last thread of the load had answers again, counted from the end of the fault.
@@ -156,6 +95,8 @@ pub fn run(options: &ChaosOptions) -> Result<Report, String> {
 }
 
 struct Chaos {
+    // Above the cluster, whose directory holds their output.
+    balancers: Vec<ServerProcess>,
     cluster: Cluster,
     load: Load,
     random: StdRng,
@@ -179,14 +120,19 @@ impl Chaos {
         let mut cluster = builder.start();
         cluster.wait_until_serving();
         let load = LoadOptions { seed: options.seed, ..options.load.clone() };
-        let load = Load::start(&cluster.targets(), load);
+        let balancers: Vec<_> = (0..options.balancers).map(|_| cluster.balancer()).collect();
+        let targets = match &balancers[..] {
+            [] => cluster.targets(),
+            some => some.iter().map(ServerProcess::target).collect(),
+        };
+        let load = Load::start(&targets, load);
         let random = StdRng::seed_from_u64(options.seed);
-        Self { cluster, load, random, started: Instant::now(), events: Vec::new() }
+        Self { balancers, cluster, load, random, started: Instant::now(), events: Vec::new() }
     }
 
     /// One fault, from its choice to its end and the recovery from it.
     fn fault(&mut self) -> Result<(), String> {
-        let (kind, length) = self.choose();
+        let (kind, length) = Kind::choose(&mut self.random, !self.balancers.is_empty());
         // Drawn whether needed or not, so that the schedule depends on the seed alone.
         let (at_leader, any) = (self.random.random_bool(0.5), self.random.random_range(0..NODES));
         let (second, second_at) =
@@ -197,14 +143,20 @@ impl Chaos {
             // A copy that is not complete must not be the only one left.
             self.wait_until_voters()?;
         }
-        let leader = self.cluster.leader();
-        let victim = leader.filter(|_| at_leader).unwrap_or(any);
+        let (victim, leader) = if kind.hits_balancer() {
+            (any % self.balancers.len(), false)
+        } else {
+            let leader = self.cluster.leader();
+            let victim = leader.filter(|_| at_leader).unwrap_or(any);
+            (victim, leader == Some(victim))
+        };
         let other = (victim + second_at) % NODES;
         let begin = Instant::now();
-        self.tell(kind, victim, leader == Some(victim), length);
-        self.begin(kind, victim, other)?;
         let mut victims = self.victims(kind, victim, other);
-        let second = second && kind != Kind::Wipe && kind != Kind::Outage;
+        self.tell(kind, &victims[0], leader, length);
+        self.begin(kind, victim, other)?;
+        let alone = kind.hits_balancer() || kind == Kind::Wipe || kind == Kind::Outage;
+        let second = second && !alone;
         if second {
             self.second(other, length)?;
             victims.push(self.cluster.at(other).name().to_owned());
@@ -217,26 +169,20 @@ impl Chaos {
             self.wait_until_voters()?;
         }
         self.load.wait_for_answers(ANSWERS_BETWEEN).map_err(|why| self.explain(&why))?;
-        let leader = leader == Some(victim);
         let recovery = healed.elapsed();
         self.events.push(Event { kind, leader, second, victims, begin, recovery });
         self.wait(rest)
     }
 
-    fn choose(&mut self) -> (Kind, Duration) {
-        let mut pick = self.random.random_range(0..weight_sum());
-        for (kind, weight, least, most) in KINDS {
-            if pick < weight {
-                return (kind, Duration::from_millis(self.random.random_range(least..most)));
-            }
-            pick -= weight;
-        }
-        unreachable!("the pick is below the sum of the weights")
-    }
-
+    /// Names of those that are hit, the one that was chosen first.
     fn victims(&self, kind: Kind, victim: usize, other: usize) -> Vec<String> {
+        if kind.hits_balancer() {
+            return vec![self.balancers[victim].name().to_owned()];
+        }
         let places = match kind {
-            Kind::Outage | Kind::Delay => (0..NODES).collect(),
+            Kind::Outage | Kind::Delay => {
+                (0..NODES).map(|distance| (victim + distance) % NODES).collect()
+            }
             Kind::CutPair | Kind::HoldPair => vec![victim, other],
             _ => vec![victim],
         };
@@ -247,7 +193,7 @@ impl Chaos {
     fn second(&mut self, other: usize, length: Duration) -> Result<(), String> {
         let kind = [Kind::Kill, Kind::Pause, Kind::Terminate][self.random.random_range(0..3)];
         self.wait(length / 2)?;
-        self.tell(kind, other, false, length / 4);
+        self.tell(kind, self.cluster.at(other).name(), false, length / 4);
         self.begin(kind, other, other)?;
         self.wait(length / 4)?;
         self.end(kind, other)?;
@@ -258,13 +204,7 @@ impl Chaos {
         let others = (0..NODES).filter(|place| *place != victim);
         match kind {
             Kind::Kill => self.cluster.at_mut(victim).kill_9(),
-            Kind::Terminate => {
-                let node = self.cluster.at_mut(victim);
-                let status = node.terminate();
-                if !status.success() {
-                    return Err(format!("{} ended with {status} after SIGTERM", node.name()));
-                }
-            }
+            Kind::Terminate => terminate(self.cluster.at_mut(victim))?,
             Kind::Pause => self.cluster.at_mut(victim).pause(),
             Kind::Wipe => {
                 let node = self.cluster.at_mut(victim);
@@ -286,6 +226,9 @@ impl Chaos {
                 let delay = Duration::from_millis(self.random.random_range(2..30));
                 self.cluster.network().set_around(victim, Fault::Delay(delay));
             }
+            Kind::BalancerKill => self.balancers[victim].kill_9(),
+            Kind::BalancerTerminate => terminate(&mut self.balancers[victim])?,
+            Kind::BalancerPause => self.balancers[victim].pause(),
         }
         Ok(())
     }
@@ -302,6 +245,8 @@ impl Chaos {
             | Kind::CutPair
             | Kind::HoldPair
             | Kind::Delay => self.cluster.network().heal(),
+            Kind::BalancerKill | Kind::BalancerTerminate => self.balancers[victim].spawn(),
+            Kind::BalancerPause => self.balancers[victim].resume(),
         }
         self.check()
     }
@@ -322,9 +267,10 @@ impl Chaos {
         if let Some(failure) = self.load.failure() {
             return Err(self.explain(&failure));
         }
-        for node in self.cluster.nodes() {
-            if let Some(status) = node.ended_by_itself() {
-                return Err(format!("{} ended by itself: {status}; {}", node.name(), node.tail()));
+        for server in servers(&mut self.cluster, &mut self.balancers) {
+            if let Some(status) = server.ended_by_itself() {
+                let (name, tail) = (server.name(), server.tail());
+                return Err(format!("{name} ended by itself: {status}; {tail}"));
             }
         }
         Ok(())
@@ -351,51 +297,52 @@ impl Chaos {
         }
     }
 
-    /// A failure, with what the nodes said last.
-    fn explain(&self, failure: &str) -> String {
-        let tail = |place| {
-            let node = self.cluster.at(place);
-            format!("\n--- {}\n{}", node.name(), node.tail())
-        };
-        format!("{failure}{}", (0..NODES).map(tail).collect::<String>())
+    /// A failure, with what the servers said last.
+    fn explain(&mut self, failure: &str) -> String {
+        let servers = servers(&mut self.cluster, &mut self.balancers);
+        let tail =
+            |server: &mut ServerProcess| format!("\n--- {}\n{}", server.name(), server.tail());
+        format!("{failure}{}", servers.map(tail).collect::<String>())
     }
 
-    fn tell(&self, kind: Kind, victim: usize, leader: bool, length: Duration) {
-        let at = self.started.elapsed().as_secs_f64();
-        let node = self.cluster.at(victim).name();
-        let role = if leader { "leader" } else { "follower" };
-        println!("{at:7.2} s  {kind}: {node} ({role}) for {:.2} s", length.as_secs_f64());
+    fn tell(&self, kind: Kind, victim: &str, leader: bool, length: Duration) {
+        let (at, length) = (self.started.elapsed().as_secs_f64(), length.as_secs_f64());
+        println!("{at:7.2} s  {kind}: {victim}{} for {length:.2} s", kind.role(leader));
     }
 
     fn finish(mut self) -> Result<Report, String> {
         self.cluster.network().heal();
         self.wait_until_voters()?;
         self.load.wait_for_answers(ANSWERS_AT_END).map_err(|why| self.explain(&why))?;
-        let Self { load, mut cluster, events, .. } = self;
+        let Self { load, mut cluster, mut balancers, events, .. } = self;
         let mut finished = load.stop()?;
         for target in cluster.targets() {
             finished.verify(&target)?;
         }
         let checked = finished.check_history()?;
         cluster.wait_until_equal();
-        for node in cluster.nodes() {
-            if node.stderr().contains("panicked at") {
-                return Err(format!("{} panicked: {}", node.name(), node.tail()));
+        for server in servers(&mut cluster, &mut balancers) {
+            if server.stderr().contains("panicked at") {
+                return Err(format!("{} panicked: {}", server.name(), server.tail()));
             }
         }
         Ok(Report::new(&events, &finished, checked))
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// All processes of a run.
+fn servers<'a>(
+    cluster: &'a mut Cluster,
+    balancers: &'a mut [ServerProcess],
+) -> impl Iterator<Item = &'a mut ServerProcess> {
+    cluster.nodes().iter_mut().map(|node| &mut **node).chain(balancers)
+}
 
-    #[test]
-    fn every_kind_has_its_share() {
-        let kinds: std::collections::BTreeSet<_> = KINDS.iter().map(|(kind, ..)| *kind).collect();
-        assert_eq!(kinds.len(), KINDS.len());
-        assert!(KINDS.iter().all(|(_, weight, least, most)| *weight > 0 && least < most));
-        assert_eq!(weight_sum(), 100);
+/// Stops a process with SIGTERM, which it must end well after.
+fn terminate(server: &mut ServerProcess) -> Result<(), String> {
+    let status = server.terminate();
+    if status.success() {
+        return Ok(());
     }
+    Err(format!("{} ended with {status} after SIGTERM", server.name()))
 }

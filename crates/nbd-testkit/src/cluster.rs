@@ -1,18 +1,21 @@
 //! A cluster of real processes on this machine.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::fs;
+mod builder;
+
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use std::{env, thread};
+use std::{env, fs, thread};
 
 use tempfile::TempDir;
 
 use crate::binary::binary;
 use crate::health::{Health, ShardDigest};
 use crate::network::Network;
-use crate::node::{NodeProcess, NodeSetup, Ports, Target, free_ports};
+use crate::node::{NodeProcess, NodeSetup};
+use crate::ports::{Ports, free_port, free_ports};
+use crate::server::{ServerProcess, ServerSetup, Target};
+
+pub use self::builder::ClusterBuilder;
 
 /// Time a cluster has to serve again, or its replicas to become equal. Far above what either takes,
 /// also on a loaded machine and with a whole volume to copy.
@@ -29,25 +32,21 @@ const KEEP: &str = "CINDERBLOCK_KEEP";
 pub struct Cluster {
     // Above the directory, so that the processes are gone before their data is.
     nodes: Vec<NodeProcess>,
-    /// Place of the node that [`node`](Self::node) gives.
-    front: usize,
+    front: Front,
     network: Option<Network>,
+    /// The `nbd-replica` that runs, if it is not the one of this workspace.
+    program: Option<PathBuf>,
+    environment: Vec<(String, String)>,
     cluster_file: PathBuf,
     directory: TempDir,
 }
 
-/// What a [`Cluster`] is to be: one shard of one replica, unless told otherwise.
-#[derive(Debug, Clone)]
-pub struct ClusterBuilder {
-    name: String,
-    shards: Vec<Vec<String>>,
-    auto_create: bool,
-    default_size: String,
-    arguments: Vec<String>,
-    environment: Vec<(String, String)>,
-    directory: Option<PathBuf>,
-    program: Option<PathBuf>,
-    proxied: bool,
+/// What clients attach to.
+#[derive(Debug)]
+enum Front {
+    /// The node at this place.
+    Node(usize),
+    Balancer(Box<ServerProcess>),
 }
 
 impl Cluster {
@@ -61,34 +60,137 @@ impl Cluster {
 
     /// A cluster to be described further.
     pub fn builder() -> ClusterBuilder {
-        ClusterBuilder {
-            name: "test".to_owned(),
-            shards: vec![vec!["nbd-1-1".to_owned()]],
-            auto_create: true,
-            default_size: "64MiB".to_owned(),
-            arguments: Vec::new(),
-            environment: Vec::new(),
-            directory: None,
-            program: None,
-            proxied: false,
+        ClusterBuilder::new()
+    }
+
+    /// What clients attach to: the first node, unless [`put_in_front`](Self::put_in_front) or
+    /// [`put_balancer_in_front`](Self::put_balancer_in_front) said otherwise.
+    pub fn front(&self) -> &ServerProcess {
+        match &self.front {
+            Front::Node(place) => &self.nodes[*place],
+            Front::Balancer(balancer) => balancer,
         }
     }
 
-    /// The node to attach to: the first, which is the only one of a cluster of one replica, unless
-    /// [`put_in_front`](Self::put_in_front) said otherwise.
+    /// What clients attach to, to act on.
+    pub fn front_mut(&mut self) -> &mut ServerProcess {
+        match &mut self.front {
+            Front::Node(place) => &mut self.nodes[*place],
+            Front::Balancer(balancer) => balancer,
+        }
+    }
+
+    /// The node in front, or else the first, which is the only one of a cluster of one replica.
     pub fn node(&self) -> &NodeProcess {
-        &self.nodes[self.front]
+        &self.nodes[self.node_place()]
     }
 
-    /// The node to attach to, to act on.
+    /// The same, to act on.
     pub fn node_mut(&mut self) -> &mut NodeProcess {
-        &mut self.nodes[self.front]
+        let place = self.node_place();
+        &mut self.nodes[place]
     }
 
-    /// Makes the node at `place` the one that [`node`](Self::node) gives.
+    const fn node_place(&self) -> usize {
+        match self.front {
+            Front::Node(place) => place,
+            Front::Balancer(_) => 0,
+        }
+    }
+
+    /// Makes the node at `place` what clients attach to.
     pub fn put_in_front(&mut self, place: usize) {
         assert!(place < self.nodes.len(), "there is no node {place}");
-        self.front = place;
+        self.front = Front::Node(place);
+    }
+
+    /// Makes a new load balancer what clients attach to.
+    ///
+    /// # Panics
+    /// As [`balancer`](Self::balancer).
+    pub fn put_balancer_in_front(&mut self) {
+        self.front = Front::Balancer(Box::new(self.balancer()));
+    }
+
+    /// Starts a load balancer in front of the cluster, and waits until it has reached the leader of
+    /// every shard. It reaches nodes directly, also those of a [`proxied`](ClusterBuilder::proxied)
+    /// cluster. It must not outlive the cluster.
+    ///
+    /// # Panics
+    /// If the program does not build, or does not become ready.
+    pub fn balancer(&self) -> ServerProcess {
+        self.balancer_with(&[])
+    }
+
+    /// The same with further flags.
+    ///
+    /// # Panics
+    /// As [`balancer`](Self::balancer).
+    #[must_use]
+    pub fn balancer_with(&self, flags: &[&str]) -> ServerProcess {
+        let program = match &self.program {
+            Some(replica) => replica.with_file_name("nbd-lb"),
+            None => binary("nbd-lb"),
+        };
+        let (nbd, http) = (free_port(), free_port());
+        let name = format!("lb-{nbd}");
+        let mut arguments = vec![
+            format!("--cluster={}", self.cluster_file.display()),
+            format!("--nbd=127.0.0.1:{nbd}"),
+            format!("--http=127.0.0.1:{http}"),
+        ];
+        arguments.extend(flags.iter().map(ToString::to_string));
+        let mut balancer = ServerProcess::new(ServerSetup {
+            nbd,
+            http,
+            program,
+            arguments,
+            environment: self.environment.clone(),
+            directory: self.directory.path().join(&name),
+            name,
+        });
+        balancer.start();
+        balancer
+    }
+
+    /// Starts a control API for the cluster, and waits until it serves. It reaches nodes directly,
+    /// also those of a [`proxied`](ClusterBuilder::proxied) cluster, and serves no NBD.
+    ///
+    /// # Panics
+    /// If the program does not build, or does not become ready.
+    pub fn control(&self) -> ServerProcess {
+        self.control_with(&[])
+    }
+
+    /// The same with further flags.
+    ///
+    /// # Panics
+    /// As [`control`](Self::control).
+    #[must_use]
+    pub fn control_with(&self, flags: &[&str]) -> ServerProcess {
+        let program = match &self.program {
+            Some(replica) => replica.with_file_name("nbd-control"),
+            None => binary("nbd-control"),
+        };
+        let http = free_port();
+        let name = format!("control-{http}");
+        let mut arguments = vec![
+            format!("--cluster={}", self.cluster_file.display()),
+            format!("--http=127.0.0.1:{http}"),
+        ];
+        arguments.extend(flags.iter().map(ToString::to_string));
+        let mut control = ServerProcess::new(ServerSetup {
+            // Nobody listens there.
+            nbd: 0,
+            http,
+            program,
+            arguments,
+            environment: self.environment.clone(),
+            directory: self.directory.path().join(&name),
+            name,
+        });
+        control.start();
+        control
     }
 
     /// Every node, in the order of their names.
@@ -108,7 +210,7 @@ impl Cluster {
 
     /// How a load finds each node.
     pub fn targets(&self) -> Vec<Target> {
-        self.nodes.iter().map(NodeProcess::target).collect()
+        self.nodes.iter().map(|node| node.target()).collect()
     }
 
     /// The network between the nodes, to put faults into.
@@ -194,6 +296,33 @@ impl Cluster {
         &self.cluster_file
     }
 
+    /// Starts a further node, with an empty directory, that knows itself as a replica of shard 0:
+    /// it joins by itself. The others' configuration does not name it. Gives its place.
+    ///
+    /// # Panics
+    /// If the program does not build.
+    pub fn join(&mut self, name: &str, arguments: &[&str]) -> usize {
+        let ports = free_ports();
+        let directory = self.directory.path().join(name);
+        fs::create_dir_all(&directory).expect("create a node's directory");
+        let known = fs::read_to_string(&self.cluster_file).expect("read cluster.toml");
+        let cluster_file = directory.join("cluster.toml");
+        fs::write(&cluster_file, with_node(&known, name, &ports)).expect("write cluster.toml");
+        let program = self.program.clone().unwrap_or_else(|| binary("nbd-replica"));
+        let mut node = NodeProcess::new(NodeSetup {
+            name: name.to_owned(),
+            ports,
+            program,
+            cluster_file,
+            directory,
+            arguments: arguments.iter().map(ToString::to_string).collect(),
+            environment: self.environment.clone(),
+        });
+        node.spawn();
+        self.nodes.push(node);
+        self.nodes.len() - 1
+    }
+
     /// A directory that lasts as long as the cluster, for files of the test.
     pub fn directory(&self) -> &Path {
         self.directory.path()
@@ -207,6 +336,17 @@ impl Drop for Cluster {
             eprintln!("kept {}", self.directory.path().display());
         }
     }
+}
+
+/// A `cluster.toml` with one more node, the last replica of the first shard.
+fn with_node(known: &str, name: &str, ports: &Ports) -> String {
+    let Ports { nbd, grpc, http } = ports;
+    let (nodes, shards) = known.split_once("[[shards]]").expect("there are shards");
+    let (replicas, rest) = shards.split_once(']').expect("a shard has replicas");
+    format!(
+        "{nodes}[[nodes]]\nname = {name:?}\nnbd = \"127.0.0.1:{nbd}\"\ngrpc = \
+         \"127.0.0.1:{grpc}\"\nhttp = \"127.0.0.1:{http}\"\n[[shards]]{replicas}, {name:?}]{rest}"
+    )
 }
 
 /// Asks until the answer is there.
@@ -223,207 +363,5 @@ fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
             }
             Err(_) => thread::sleep(LOOK_AGAIN),
         }
-    }
-}
-
-impl ClusterBuilder {
-    /// The cluster's name. Default `test`.
-    #[must_use]
-    pub fn name(mut self, name: &str) -> Self {
-        name.clone_into(&mut self.name);
-        self
-    }
-
-    /// The names of the replicas' nodes, for each shard. Default `[["nbd-1-1"]]`.
-    #[must_use]
-    pub fn shards(mut self, shards: &[&[&str]]) -> Self {
-        let owned = |names: &&[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-        self.shards = shards.iter().map(owned).collect();
-        self
-    }
-
-    /// One shard with this many replicas, on nodes `nbd-1-1`, `nbd-1-2`, ... Default 1.
-    #[must_use]
-    pub fn replicas(mut self, count: usize) -> Self {
-        self.shards = vec![(1..=count).map(|number| format!("nbd-1-{number}")).collect()];
-        self
-    }
-
-    /// Puts a proxy between each two nodes' gRPC, so that the network can be made to fail:
-    /// [`Cluster::network`]. Each node then has a `cluster.toml` of its own, in which the others'
-    /// addresses are those of the proxies.
-    #[must_use]
-    pub fn proxied(mut self) -> Self {
-        self.proxied = true;
-        self
-    }
-
-    /// The `nbd-replica` to run. Default: the one of this workspace, built if need be.
-    #[must_use]
-    pub fn program(mut self, program: &Path) -> Self {
-        self.program = Some(program.to_owned());
-        self
-    }
-
-    /// Whether attaching to an unknown name creates the volume. Default true.
-    #[must_use]
-    pub fn auto_create(mut self, auto_create: bool) -> Self {
-        self.auto_create = auto_create;
-        self
-    }
-
-    /// Size of a volume created by attaching to it. Default `64MiB`.
-    #[must_use]
-    pub fn default_size(mut self, size: &str) -> Self {
-        size.clone_into(&mut self.default_size);
-        self
-    }
-
-    /// A further flag for every node: `--log-bytes-max=64MiB`.
-    #[must_use]
-    pub fn argument(mut self, argument: &str) -> Self {
-        self.arguments.push(argument.to_owned());
-        self
-    }
-
-    /// A further environment variable for every node.
-    #[must_use]
-    pub fn environment(mut self, name: &str, value: &str) -> Self {
-        self.environment.push((name.to_owned(), value.to_owned()));
-        self
-    }
-
-    /// Puts the cluster's files in a new directory under this one, say on a file system of a
-    /// certain kind. Default: the system's directory for temporary files.
-    #[must_use]
-    pub fn under(mut self, directory: &Path) -> Self {
-        self.directory = Some(directory.to_owned());
-        self
-    }
-
-    /// Builds the program if need be, starts every node, and waits until all are ready.
-    ///
-    /// # Panics
-    /// If the program does not build, or a node does not become ready.
-    pub fn start(self) -> Cluster {
-        let mut cluster = self.prepare();
-        // All at once: with several replicas to a shard, one alone is not ready.
-        cluster.nodes.iter_mut().for_each(NodeProcess::spawn);
-        cluster.nodes.iter_mut().for_each(NodeProcess::wait_ready);
-        cluster
-    }
-
-    /// As [`start`](Self::start), but starts no node yet.
-    ///
-    /// # Panics
-    /// If the program does not build, or its directory cannot be made.
-    pub fn prepare(self) -> Cluster {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix("cinderblock-test-");
-        let directory = match &self.directory {
-            Some(parent) => builder.tempdir_in(parent),
-            None => builder.tempdir(),
-        };
-        let directory = directory.expect("make a temporary directory");
-        let names = self.shards.iter().flatten().cloned();
-        let ports: BTreeMap<String, Ports> = names.map(|name| (name, free_ports())).collect();
-        let grpc: Vec<u16> = ports.values().map(|ports| ports.grpc).collect();
-        let network = self.proxied.then(|| Network::new(&grpc));
-        let cluster_file = directory.path().join("cluster.toml");
-        fs::write(&cluster_file, self.cluster_toml(&ports)).expect("write cluster.toml");
-        let program = self.program.clone().unwrap_or_else(|| binary("nbd-replica"));
-        let node = |(place, (name, own)): (usize, (&String, &Ports))| {
-            let own_directory = directory.path().join(name);
-            fs::create_dir_all(&own_directory).expect("create a node's directory");
-            let cluster_file = match &network {
-                Some(network) => {
-                    let file = own_directory.join("cluster.toml");
-                    let text = self.cluster_toml(&seen_from(place, &ports, network));
-                    fs::write(&file, text).expect("write cluster.toml");
-                    file
-                }
-                None => cluster_file.clone(),
-            };
-            NodeProcess::new(NodeSetup {
-                name: name.clone(),
-                ports: *own,
-                program: program.clone(),
-                cluster_file,
-                directory: own_directory,
-                arguments: self.arguments.clone(),
-                environment: self.environment.clone(),
-            })
-        };
-        let nodes = ports.iter().enumerate().map(node).collect();
-        Cluster { nodes, front: 0, network, cluster_file, directory }
-    }
-
-    fn cluster_toml(&self, nodes: &BTreeMap<String, Ports>) -> String {
-        let mut text = format!("name = {:?}\n", self.name);
-        for (name, Ports { nbd, grpc, http }) in nodes {
-            let _ = write!(
-                text,
-                "[[nodes]]\nname = {name:?}\nnbd = \"127.0.0.1:{nbd}\"\n\
-                 grpc = \"127.0.0.1:{grpc}\"\nhttp = \"127.0.0.1:{http}\"\n"
-            );
-        }
-        for replicas in &self.shards {
-            let _ = write!(text, "[[shards]]\nreplicas = {replicas:?}\n");
-        }
-        let _ = write!(
-            text,
-            "[volumes]\nauto_create = {}\ndefault_size = {:?}\n",
-            self.auto_create, self.default_size
-        );
-        text
-    }
-}
-
-/// The nodes' ports as node `place` is to know them: its own, and of the others their proxies'.
-fn seen_from(
-    place: usize,
-    ports: &BTreeMap<String, Ports>,
-    network: &Network,
-) -> BTreeMap<String, Ports> {
-    let seen = |(other, (name, ports)): (usize, (&String, &Ports))| {
-        let grpc = if other == place { ports.grpc } else { network.port(place, other) };
-        (name.clone(), Ports { grpc, ..*ports })
-    };
-    ports.iter().enumerate().map(seen).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_node_reaches_the_others_through_proxies() {
-        let ports = ["a", "b"].map(|name| (name.to_owned(), free_ports()));
-        let ports = BTreeMap::from(ports);
-        let network = Network::new(&[ports["a"].grpc, ports["b"].grpc]);
-        let seen = seen_from(1, &ports, &network);
-        assert_eq!(seen["b"].grpc, ports["b"].grpc);
-        assert_eq!(seen["a"].grpc, network.port(1, 0));
-        assert_eq!((seen["a"].nbd, seen["a"].http), (ports["a"].nbd, ports["a"].http));
-    }
-
-    #[test]
-    fn the_cluster_file_has_the_documented_shape() {
-        let ports = Ports { nbd: 11001, grpc: 11002, http: 11003 };
-        let nodes = BTreeMap::from([("nbd-1-1".to_owned(), ports)]);
-        let text = Cluster::builder().name("demo").default_size("1GiB").cluster_toml(&nodes);
-        let expected = r#"name = "demo"
-[[nodes]]
-name = "nbd-1-1"
-nbd = "127.0.0.1:11001"
-grpc = "127.0.0.1:11002"
-http = "127.0.0.1:11003"
-[[shards]]
-replicas = ["nbd-1-1"]
-[volumes]
-auto_create = true
-default_size = "1GiB"
-"#;
-        assert_eq!(text, expected);
     }
 }

@@ -5,16 +5,20 @@
 //! ships.
 //!
 //! - [`Cluster`], [`NodeProcess`]: `nbd-replica` processes on free loopback ports, each with a data
-//!   directory of its own: kill, terminate, pause, wipe, restart; gone with the test.
+//!   directory of its own: kill, terminate, pause, wipe, restart; gone with the test. `nbd-lb`
+//!   processes in front of them: [`Cluster::balancer`]; `nbd-control` processes beside them:
+//!   [`Cluster::control`]. [`ServerProcess`]: what all of them are.
 //! - [`Network`]: proxies between the nodes, which cut, hold or delay what passes, one-way too.
 //! - [`load`]: requests over many connections to many nodes, each answer held against what may
 //!   legally be there; [`history`]: whether registers were linearizable.
 //! - [`chaos`]: a cluster under load, with faults by a schedule from a seed.
 //! - [`NbdClient`]: an NBD client over `nbd-proto`'s client side, with pipelining and access to the
 //!   bytes for tests that misbehave.
-//! - [`http`]: GET, for probes and metrics.
+//! - [`http`]: requests, for probes, metrics and the control API; [`schemathesis`]: requests made
+//!   up from a server's OpenAPI document.
 //! - [`tools`]: finding programs, and skipping tests that need a missing one ([`require_tools!`]).
 //! - [`Ext4Image`]: an ext4 image with known files, and a check of one.
+//! - `SpanCollector`: takes traces, and shows them. Only with the feature `spans`.
 //! - [`process`]: memory use and signals, by process id. [`seed()`]: of random tests.
 
 pub mod chaos;
@@ -22,6 +26,7 @@ pub mod history;
 pub mod http;
 pub mod load;
 pub mod process;
+pub mod schemathesis;
 pub mod tools;
 
 mod binary;
@@ -31,7 +36,11 @@ mod ext4;
 mod health;
 mod network;
 mod node;
+mod ports;
 mod seed;
+mod server;
+#[cfg(feature = "spans")]
+mod spans;
 
 pub use self::binary::binary;
 pub use self::client::{
@@ -41,5 +50,9 @@ pub use self::cluster::{Cluster, ClusterBuilder};
 pub use self::ext4::Ext4Image;
 pub use self::health::{Health, ShardDigest, ShardHealth};
 pub use self::network::{Fault, Network};
-pub use self::node::{NodeProcess, Target};
+pub use self::node::NodeProcess;
+pub use self::ports::{free_port, free_ports_at};
 pub use self::seed::seed;
+pub use self::server::{ServerProcess, Target};
+#[cfg(feature = "spans")]
+pub use self::spans::{SeenSpan, SpanCollector, write_tree};

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::{ClientError, NbdClient};
 use crate::history;
-use crate::node::Target;
+use crate::server::Target;
 
 use self::region::{Region, SECTOR, value_in};
 use self::worker::Worker;

@@ -192,7 +192,7 @@ impl Connection {
 
 impl Proxy {
     fn start(target: u16, there: Arc<Direction>, back: Arc<Direction>) -> Self {
-        let port = crate::node::free_port();
+        let port = crate::ports::free_port();
         let listener = TcpListener::bind(("127.0.0.1", port)).expect("bind a proxy's port");
         let (connections, stopping) = (Mutex::default(), AtomicBool::new(false));
         let shared = Arc::new(Shared { target, there, back, connections, stopping });

@@ -1,88 +1,21 @@
 //! One `nbd-replica` process.
 
-use std::collections::HashSet;
-use std::fs::{self, File, OpenOptions};
-use std::net::TcpListener;
+use std::fs;
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use rand::Rng as _;
-
-use crate::client::{ClientError, NbdClient};
 use crate::health::{Health, ShardDigest};
-use crate::http::{self, Response};
-use crate::process::{self, Signal};
+use crate::http;
+use crate::ports::Ports;
+use crate::server::{ServerProcess, ServerSetup};
 
-/// Time a node has to become ready, and to end after SIGTERM. Far above what either takes, also on
-/// a loaded machine; a node that stands still is seen by this only.
-const DEADLINE: Duration = Duration::from_secs(60);
-
-/// Time a node has to answer a look at its state; it may stand still on purpose. Above the deadline
-/// that `/health` has by default.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(4);
-
-/// Lines of a node's standard error that go into a panic's message.
-const TAIL_LINES: usize = 60;
-
-/// One node of a [`Cluster`](crate::Cluster): its ports, its data, and its process while it runs.
-/// Dropping it kills the process.
+/// One node of a [`Cluster`](crate::Cluster): a [`ServerProcess`], which it can be used as, with
+/// data and a place among the others.
 #[derive(Debug)]
 pub struct NodeProcess {
-    name: String,
-    ports: Ports,
-    program: PathBuf,
-    arguments: Vec<String>,
-    environment: Vec<(String, String)>,
+    server: ServerProcess,
+    grpc: u16,
     data_directory: PathBuf,
-    stderr: PathBuf,
-    child: Option<Child>,
-    /// Whether the last of SIGSTOP and SIGCONT was the former.
-    paused: bool,
-    endings: Arc<AtomicU64>,
-}
-
-/// Where a load finds a node, and how it tells a connection lost for a reason from one that was
-/// not to be lost.
-#[derive(Debug, Clone)]
-pub struct Target {
-    name: String,
-    port: u16,
-    endings: Arc<AtomicU64>,
-}
-
-impl Target {
-    /// Something else that serves NBD at this port of 127.0.0.1, and is never ended: no connection
-    /// to it may be lost.
-    pub fn lasting(name: &str, port: u16) -> Self {
-        Self { name: name.to_owned(), port, endings: Arc::default() }
-    }
-
-    /// The node's name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Where its NBD clients connect.
-    pub fn address(&self) -> (&'static str, u16) {
-        ("127.0.0.1", self.port)
-    }
-
-    /// How often the process was ended on purpose so far; counted before it is.
-    pub fn endings(&self) -> u64 {
-        self.endings.load(Ordering::SeqCst)
-    }
-}
-
-/// The ports of one node, on 127.0.0.1; the same for all its runs.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Ports {
-    pub(crate) nbd: u16,
-    pub(crate) grpc: u16,
-    pub(crate) http: u16,
 }
 
 /// What a node is started with.
@@ -103,7 +36,6 @@ impl NodeProcess {
     pub(crate) fn new(setup: NodeSetup) -> Self {
         let NodeSetup { name, ports, program, cluster_file, directory, arguments, environment } =
             setup;
-        fs::create_dir_all(&directory).expect("create a node's directory");
         let data_directory = directory.join("data");
         let mut own = vec![
             format!("--cluster={}", cluster_file.display()),
@@ -111,145 +43,17 @@ impl NodeProcess {
             format!("--data-dir={}", data_directory.display()),
         ];
         own.extend(arguments);
-        let stderr = directory.join("stderr");
-        Self {
+        let Ports { nbd, grpc, http } = ports;
+        let server = ServerProcess::new(ServerSetup {
             name,
-            ports,
+            nbd,
+            http,
             program,
             arguments: own,
             environment,
-            data_directory,
-            stderr,
-            child: None,
-            paused: false,
-            endings: Arc::default(),
-        }
-    }
-
-    /// Starts the process and waits until `/readyz` says that it can serve.
-    ///
-    /// # Panics
-    /// If it runs already, ends at once, or is not ready in time.
-    pub fn start(&mut self) {
-        self.spawn();
-        self.wait_ready();
-    }
-
-    /// Starts the process without waiting for anything.
-    ///
-    /// # Panics
-    /// If it runs already, or cannot be started.
-    pub fn spawn(&mut self) {
-        assert!(self.child.is_none(), "{} runs already", self.name);
-        let log = OpenOptions::new().create(true).append(true).open(&self.stderr);
-        let log: File = log.unwrap_or_else(|e| panic!("open {}: {e}", self.stderr.display()));
-        let mut command = Command::new(&self.program);
-        command.args(&self.arguments);
-        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
-        command.stdin(Stdio::null());
-        command.stdout(log.try_clone().expect("duplicate a descriptor")).stderr(log);
-        self.paused = false;
-        let child = command.spawn();
-        self.child =
-            Some(child.unwrap_or_else(|e| panic!("start {}: {e}", self.program.display())));
-    }
-
-    /// Waits until `/readyz` says that the node can serve.
-    ///
-    /// # Panics
-    /// If it ends, or is not ready in time.
-    pub fn wait_ready(&mut self) {
-        let started = Instant::now();
-        while !self.is_ready() {
-            if let Some(status) = self.try_wait() {
-                self.child = None;
-                self.fail(&format!("ended before it was ready: {status}"));
-            }
-            if started.elapsed() > DEADLINE {
-                self.fail(&format!("is not ready after {DEADLINE:?}"));
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-
-    /// Whether `/readyz` says that the node can serve.
-    pub fn is_ready(&self) -> bool {
-        self.look("/readyz").is_some_and(|answer| answer.status == 200)
-    }
-
-    /// Ends the process with SIGKILL, as a crash would.
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub fn kill_9(&mut self) {
-        self.endings.fetch_add(1, Ordering::SeqCst);
-        let mut child = self.take_child();
-        child.kill().and_then(|()| child.wait()).expect("kill a child");
-    }
-
-    /// Asks the process to stop with SIGTERM and waits for its end.
-    ///
-    /// # Panics
-    /// If it does not run, or does not end in time.
-    pub fn terminate(&mut self) -> ExitStatus {
-        self.endings.fetch_add(1, Ordering::SeqCst);
-        self.signal(Signal::TERM);
-        self.wait_exit()
-    }
-
-    /// Waits until the process ends by itself.
-    ///
-    /// # Panics
-    /// If it does not run, or does not end in time.
-    pub fn wait_exit(&mut self) -> ExitStatus {
-        let started = Instant::now();
-        loop {
-            if let Some(status) = self.try_wait() {
-                self.child = None;
-                return status;
-            }
-            if started.elapsed() > DEADLINE {
-                self.fail(&format!("still runs after {DEADLINE:?}"));
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    /// Terminates the process if it runs, and starts it again with the same data and ports.
-    ///
-    /// # Panics
-    /// As [`terminate`](Self::terminate) and [`start`](Self::start), and if it ends with a failure.
-    pub fn restart(&mut self) {
-        if self.child.is_some() {
-            let status = self.terminate();
-            if !status.success() {
-                self.fail(&format!("ended with {status} after SIGTERM"));
-            }
-        }
-        self.start();
-    }
-
-    /// Stops the process where it is, with SIGSTOP, until [`resume`](Self::resume).
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub fn pause(&mut self) {
-        self.signal(Signal::STOP);
-        self.paused = true;
-    }
-
-    /// Lets a paused process go on.
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub fn resume(&mut self) {
-        self.signal(Signal::CONT);
-        self.paused = false;
-    }
-
-    /// Whether the process is paused.
-    pub fn is_paused(&self) -> bool {
-        self.paused
+            directory,
+        });
+        Self { server, grpc, data_directory }
     }
 
     /// Removes all data of a node that does not run, as if it got an empty disk.
@@ -257,97 +61,13 @@ impl NodeProcess {
     /// # Panics
     /// If it runs, or the data cannot be removed.
     pub fn wipe(&mut self) {
-        assert!(self.child.is_none(), "{} runs", self.name);
+        assert!(!self.is_running(), "{} runs", self.name());
         fs::remove_dir_all(&self.data_directory).expect("remove a data directory");
-    }
-
-    /// Sends the process a signal (SIGSTOP, SIGCONT, ...).
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub fn signal(&self, signal: Signal) {
-        process::send_signal(self.pid(), signal);
-    }
-
-    /// Replaces the value of a flag, or adds the flag, for the next start: `--log-bytes-max=64MiB`.
-    pub fn set_argument(&mut self, argument: &str) {
-        let flag = argument.split('=').next().unwrap_or(argument);
-        self.arguments.retain(|old| old.split('=').next() != Some(flag));
-        self.arguments.push(argument.to_owned());
-    }
-
-    /// Whether the process runs.
-    pub fn is_running(&mut self) -> bool {
-        self.child.is_some() && self.try_wait().is_none()
-    }
-
-    /// How the process ended, if it did so without having been ended by the test.
-    pub fn ended_by_itself(&mut self) -> Option<ExitStatus> {
-        self.child.as_mut()?.try_wait().expect("wait for a child")
-    }
-
-    /// The id of the process.
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub fn pid(&self) -> u32 {
-        self.child.as_ref().unwrap_or_else(|| panic!("{} does not run", self.name)).id()
-    }
-
-    /// Memory of the process that is resident now, in bytes.
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub fn rss_bytes(&self) -> u64 {
-        process::rss_bytes(self.pid())
-    }
-
-    /// The node's name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Where its NBD clients connect.
-    pub fn nbd_address(&self) -> (&'static str, u16) {
-        ("127.0.0.1", self.ports.nbd)
     }
 
     /// Where other nodes reach it.
     pub fn grpc_address(&self) -> (&'static str, u16) {
-        ("127.0.0.1", self.ports.grpc)
-    }
-
-    /// Where its probes answer.
-    pub fn http_address(&self) -> (&'static str, u16) {
-        ("127.0.0.1", self.ports.http)
-    }
-
-    /// The URI of a volume on this node, as NBD tools take it. `export` needs no quoting.
-    pub fn uri(&self, export: &str) -> String {
-        format!("nbd://127.0.0.1:{}/{export}", self.ports.nbd)
-    }
-
-    /// A client attached to a volume on this node.
-    ///
-    /// # Errors
-    /// As [`NbdClient::connect`].
-    pub fn connect(&self, export: &str) -> Result<NbdClient, ClientError> {
-        NbdClient::connect(self.nbd_address(), export)
-    }
-
-    /// Gets a page from this node.
-    ///
-    /// # Panics
-    /// If it does not answer.
-    pub fn get(&self, path: &str) -> Response {
-        let answer = http::get(self.http_address(), path);
-        answer.unwrap_or_else(|error| self.fail(&format!("does not answer GET {path}: {error}")))
-    }
-
-    /// How a load finds this node.
-    pub fn target(&self) -> Target {
-        let endings = Arc::clone(&self.endings);
-        Target { name: self.name.clone(), port: self.ports.nbd, endings }
+        ("127.0.0.1", self.grpc)
     }
 
     /// What the node says of itself. `None` if it does not answer. Moves the replicated counter.
@@ -363,194 +83,22 @@ impl NodeProcess {
         ShardDigest::parse_all(&body).filter(|_| answer.status == 200)
     }
 
-    /// The value of one series of `/metrics`, written as Prometheus writes it: `name` or
-    /// `name{label="value"}`. `None` if there is none, or the node does not answer.
-    pub fn metric(&self, series: &str) -> Option<f64> {
-        let page = self.look("/metrics")?;
-        let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.trim().parse().ok();
-        page.body.lines().find_map(value)
-    }
-
-    /// Gets a page from a node that may be down or stand still.
-    fn look(&self, path: &str) -> Option<Response> {
-        if self.child.is_none() || self.paused {
-            return None;
-        }
-        http::get_within(LOOK_TIMEOUT, self.http_address(), path).ok()
-    }
-
     /// Where the node keeps its data.
     pub fn data_directory(&self) -> &Path {
         &self.data_directory
     }
+}
 
-    /// What the process has written to standard error (and output), over all its runs.
-    pub fn stderr(&self) -> String {
-        let bytes = fs::read(&self.stderr).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
+impl Deref for NodeProcess {
+    type Target = ServerProcess;
 
-    /// The end of what the process has written to standard error.
-    pub fn tail(&self) -> String {
-        tail(&self.stderr())
-    }
-
-    fn try_wait(&mut self) -> Option<ExitStatus> {
-        let name = &self.name;
-        let child = self.child.as_mut().unwrap_or_else(|| panic!("{name} does not run"));
-        child.try_wait().expect("wait for a child")
-    }
-
-    fn take_child(&mut self) -> Child {
-        self.child.take().unwrap_or_else(|| panic!("{} does not run", self.name))
-    }
-
-    /// Panics with `what` and the end of the process's standard error.
-    fn fail(&self, what: &str) -> ! {
-        panic!("node {} {what}; it wrote:\n{}", self.name, self.tail())
+    fn deref(&self) -> &ServerProcess {
+        &self.server
     }
 }
 
-impl Drop for NodeProcess {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // It may have ended by itself; either way it must be gone when the test is.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-        if thread::panicking() {
-            eprintln!("node {} wrote:\n{}", self.name, self.tail());
-        }
-    }
-}
-
-fn tail(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
-}
-
-/// Ports that nobody listens on, none given out twice by this process.
-///
-/// They lie below the range from which the kernel takes ports for outgoing connections, so that
-/// none of those sits on a port while its node is down.
-pub(crate) fn free_ports() -> Ports {
-    Ports { nbd: free_port(), grpc: free_port(), http: free_port() }
-}
-
-pub(crate) fn free_port() -> u16 {
-    static GIVEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);
-    let mut given = GIVEN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let mut random = rand::rng();
-    for _ in 0..1000 {
-        let port = random.random_range(12_000..32_000);
-        if !given.contains(&port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            given.insert(port);
-            return port;
-        }
-    }
-    panic!("no free port on 127.0.0.1 between 12000 and 32000")
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::{Read as _, Write as _};
-
-    use super::*;
-
-    #[test]
-    fn ports_are_given_out_once() {
-        let ports: HashSet<u16> = (0..50).map(|_| free_port()).collect();
-        assert_eq!(ports.len(), 50);
-    }
-
-    /// A stand-in for a node: a shell that exits with 7 on SIGTERM.
-    fn stand_in(directory: &Path) -> NodeProcess {
-        let mut node = NodeProcess::new(NodeSetup {
-            name: "n".to_owned(),
-            ports: free_ports(),
-            program: "/bin/sh".into(),
-            cluster_file: directory.join("cluster.toml"),
-            directory: directory.join("n"),
-            arguments: Vec::new(),
-            environment: vec![("GREETING".to_owned(), "hello".to_owned())],
-        });
-        let script = "trap 'exit 7' TERM; echo $GREETING >&2; while :; do sleep 0.02; done";
-        node.arguments = vec!["-c".to_owned(), script.to_owned()];
-        node
-    }
-
-    /// Answers one probe in the stand-in's place.
-    fn answer_once(node: &NodeProcess) -> thread::JoinHandle<()> {
-        let listener = TcpListener::bind(node.http_address()).unwrap();
-        thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut request = [0; 256];
-            assert!(stream.read(&mut request).unwrap() > 0);
-            stream.write_all(b"HTTP/1.0 200 OK\r\n\r\nready\n").unwrap();
-        })
-    }
-
-    fn wait_for_greetings(node: &NodeProcess, count: usize) {
-        while node.stderr() != "hello\n".repeat(count) {
-            thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    #[test]
-    fn a_process_starts_stops_and_starts_again() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut node = stand_in(directory.path());
-        assert!(!node.is_running());
-        let probe = answer_once(&node);
-        node.start();
-        probe.join().unwrap();
-        assert!(node.is_running());
-        assert!(node.rss_bytes() > 0);
-        wait_for_greetings(&node, 1);
-        assert_eq!(node.terminate().code(), Some(7));
-        node.spawn();
-        wait_for_greetings(&node, 2);
-        let pid = node.pid();
-        node.kill_9();
-        assert!(!node.is_running());
-        assert!(!Path::new(&format!("/proc/{pid}")).exists());
-    }
-
-    #[test]
-    fn dropping_a_node_kills_its_process_even_when_stopped() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut node = stand_in(directory.path());
-        node.spawn();
-        let pid = node.pid();
-        node.signal(Signal::STOP);
-        drop(node);
-        assert!(!Path::new(&format!("/proc/{pid}")).exists());
-    }
-
-    #[test]
-    #[should_panic(expected = "ended before it was ready: exit status: 3; it wrote:\nno such disk")]
-    fn a_node_that_does_not_start_says_why() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut node = stand_in(directory.path());
-        node.arguments[1] = "echo no such disk >&2; exit 3".to_owned();
-        node.start();
-    }
-
-    #[test]
-    fn a_flag_is_replaced_or_added() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut node = stand_in(directory.path());
-        node.arguments = vec!["--a=1".to_owned(), "--b=2".to_owned()];
-        node.set_argument("--a=3");
-        node.set_argument("--c");
-        assert_eq!(node.arguments, ["--b=2", "--a=3", "--c"]);
-    }
-
-    #[test]
-    fn the_tail_is_the_end() {
-        let text: String = (0..100).map(|n| format!("line {n}\n")).collect();
-        let tail = tail(&text);
-        assert_eq!(tail.lines().count(), TAIL_LINES);
-        assert!(tail.ends_with("line 99"));
+impl DerefMut for NodeProcess {
+    fn deref_mut(&mut self) -> &mut ServerProcess {
+        &mut self.server
     }
 }

@@ -23,6 +23,14 @@ pub fn tool(name: &str) -> Option<PathBuf> {
     directories.map(|directory| directory.join(name)).find(|path| is_executable(path))
 }
 
+/// The path of a tool in Python that `cargo xtask test` puts under the target directory, which the
+/// running test is somewhere below. `None` if it is not there.
+pub fn python_tool(name: &str) -> Option<PathBuf> {
+    let test = env::current_exe().ok()?;
+    let place = |directory: &Path| directory.join("tools").join(name).join("bin").join(name);
+    test.ancestors().map(place).find(|path| is_executable(path))
+}
+
 /// Those of `names` that are not installed.
 pub fn missing<'a>(names: &[&'a str]) -> Vec<&'a str> {
     names.iter().copied().filter(|name| tool(name).is_none()).collect()

@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails like the test")]
 
 use std::collections::HashMap;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::{Child, Command as Process, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use nbd_proto::constants::CommandFlags;
 use nbd_proto::{ClientGoal, Command, NbdError, ReplyStyle, RequestHeader};
 use nbd_testkit::{
-    ClientError, ConnectOptions, NbdClient, Reply, list_exports, require_tools, tools,
+    ClientError, ConnectOptions, NbdClient, Reply, free_port, list_exports, require_tools, tools,
 };
 
 const SIZE: u64 = 16 << 20;
@@ -24,7 +24,7 @@ struct Nbdkit {
 
 impl Nbdkit {
     fn start() -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port();
         let child = Process::new(tools::tool("nbdkit").unwrap())
             .args(["--foreground", "--ipaddr=127.0.0.1", &format!("--port={port}")])
             .args(["memory", "16M"])

@@ -2,13 +2,15 @@
 //! opens the session in the shard's log.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::BytesMut;
 use nbd_proto::{
     ExportInfo, ExportName, ExportRefusal, HandshakeEvent, Negotiated, Purpose, ServerHandshake,
 };
-use nbd_store::{Outcome, VolumeInfo, command};
+use nbd_store::{Labels, NewVolume, Outcome, VolumeInfo, command};
 use nbd_topology::{DEFAULT_VOLUME_NAME, shard_of};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -17,18 +19,30 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use super::Front;
 use super::session::{self, Attached};
+use super::splice::{self, Backend};
 use crate::limits::{HANDSHAKE_DEADLINE, INPUT_READ_BYTES, LIST_MAX};
 use crate::route::GroupStopped;
-use crate::shard_client::{SessionClient, SessionEnd, ShardClient};
+use crate::sessions::{About, BackendAt, Carried, Meter};
+use crate::shard_client::{ClientAt, SessionClient, SessionEnd, ShardClient};
 
 /// Longest name that an attach may create a volume under. The protocol advises clients to stay
 /// within it; existing volumes are served under any name they have.
 const CREATED_NAME_BYTES_MAX: usize = 256;
 
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Origin {
+    /// Its number in this process.
+    pub(super) number: u64,
+    /// The client's address.
+    pub(super) peer: SocketAddr,
+}
+
 /// Serves one connection from its first byte to its last.
-pub(super) async fn serve(mut stream: TcpStream, front: &Arc<Front>) {
+pub(super) async fn serve(mut stream: TcpStream, origin: Origin, front: &Arc<Front>) {
     let mut input = BytesMut::with_capacity(INPUT_READ_BYTES);
-    let mut opened = None;
+    let client = ClientAt::now(&origin.peer);
+    let mut opened = Opened { origin, client, session: None, backend: None };
     let negotiation = negotiate(&mut stream, &mut input, front, &mut opened);
     let negotiated = tokio::select! {
         negotiated = tokio::time::timeout(HANDSHAKE_DEADLINE, negotiation) => negotiated,
@@ -45,14 +59,78 @@ pub(super) async fn serve(mut stream: TcpStream, front: &Arc<Front>) {
             None
         }
     };
-    let Some(mut client) = opened else { return };
-    if let Some(negotiated) = negotiated {
+    if let (Some(backend), Some(splicing)) = (opened.backend, &front.splicing) {
+        if let Some((negotiated, meter)) = negotiated {
+            let (export, stop) = (negotiated.export.name.to_string(), front.shutdown.token());
+            let span = info_span!("session", %export);
+            backend.serve(stream, input, splicing, &meter, &stop).instrument(span).await;
+        }
+        return;
+    }
+    let Some(mut client) = opened.session else { return };
+    if let Some((negotiated, meter)) = negotiated {
         let export = negotiated.export.name.to_string();
-        let attached = Attached { stream, input, negotiated, client, front: Arc::clone(front) };
+        let front = Arc::clone(front);
+        let attached = Attached { stream, input, negotiated, client, meter, front };
         let span = info_span!("session", %export);
-        client = session::run(attached).instrument(span).await;
+        match session::run(attached).instrument(span).await {
+            Some(ended) => client = ended,
+            None => return,
+        }
     }
     client.close().await;
+}
+
+/// What a handshake has opened so far.
+#[derive(Debug)]
+struct Opened {
+    origin: Origin,
+    client: ClientAt,
+    /// A session of this process, as soon as there may be one: it has to be closed whatever happens
+    /// later.
+    session: Option<SessionClient>,
+    /// Or an attachment to a replica's NBD server.
+    backend: Option<Backend>,
+}
+
+impl Opened {
+    /// Puts the session on the list. `None`: there is none.
+    fn meter(&self, negotiated: &Negotiated, front: &Front) -> Option<Meter> {
+        let export = negotiated.export.name.as_str();
+        if let Some(backend) = &self.backend {
+            return Some(backend.meter(self.origin, export, front));
+        }
+        self.session.as_ref().map(|client| session_meter(client, self.origin, export, front))
+    }
+}
+
+/// Puts a session of this process on the list.
+pub(super) fn session_meter(
+    client: &SessionClient,
+    origin: Origin,
+    export: &str,
+    front: &Front,
+) -> Meter {
+    let shard = client.shard();
+    let about = About {
+        connection: origin.number,
+        client: origin.peer,
+        export: export.to_owned(),
+        shard: shard.id(),
+        volume: client.volume(),
+        session: Some(client.id()),
+        carried: Carried::Replay,
+    };
+    let at = client.standing().leader().map(BackendAt::from);
+    front.sessions.add(about, at, Arc::clone(shard.metrics()))
+}
+
+/// Serves a connection whose handshake was carried elsewhere.
+pub(super) async fn resume(attached: Attached) {
+    let span = info_span!("session", export = %attached.negotiated.export.name);
+    if let Some(ended) = session::run(attached).instrument(span).await {
+        ended.close().await;
+    }
 }
 
 /// Why a handshake ended without a session.
@@ -64,14 +142,13 @@ enum AttachError {
     Io(#[from] io::Error),
 }
 
-/// Carries the handshake to its end. `None` if the client ended it. `opened` is the session as soon
-/// as there is one: the caller closes it whatever happens later.
+/// Carries the handshake to its end. `None` if the client ended it.
 async fn negotiate(
     stream: &mut TcpStream,
     input: &mut BytesMut,
     front: &Front,
-    opened: &mut Option<SessionClient>,
-) -> Result<Option<Negotiated>, AttachError> {
+    opened: &mut Opened,
+) -> Result<Option<(Negotiated, Meter)>, AttachError> {
     let mut handshake = ServerHandshake::new();
     send(stream, handshake.take_output()).await?;
     loop {
@@ -101,13 +178,23 @@ async fn negotiate(
                 send(stream, handshake.take_output()).await?;
             }
             Some(HandshakeEvent::Resolve { name, purpose }) => {
-                let answer = match purpose {
-                    Purpose::Describe => describe(front, &name).await,
-                    Purpose::Attach => attach(front, &name, opened).await,
+                let answer = match (purpose, &front.splicing) {
+                    (Purpose::Describe, _) => describe(front, &name).await,
+                    (Purpose::Attach, None) => attach(front, &name, opened).await,
+                    (Purpose::Attach, Some(splicing)) => {
+                        let agreement = handshake.agreement();
+                        let attached = splice::attach(front, splicing, &name, agreement).await;
+                        attached.map(|(info, backend)| {
+                            opened.backend = Some(backend);
+                            info
+                        })
+                    }
                 };
                 if let Some(negotiated) = handshake.answer_export(answer) {
+                    // Before the client knows: whoever is attached is on the list.
+                    let meter = opened.meter(&negotiated, front);
                     send(stream, handshake.take_output()).await?;
-                    return Ok(Some(negotiated));
+                    return Ok(meter.map(|meter| (negotiated, meter)));
                 }
             }
         }
@@ -150,7 +237,7 @@ async fn list(front: &Front) -> Vec<(ExportName, String)> {
     exports
 }
 
-fn export_info(volume: &VolumeInfo) -> Result<ExportInfo, ExportRefusal> {
+pub(super) fn export_info(volume: &VolumeInfo) -> Result<ExportInfo, ExportRefusal> {
     let name =
         ExportName::from_bytes(volume.name.as_bytes()).map_err(|_| ExportRefusal::Unknown)?;
     let description = volume.description.to_string();
@@ -178,29 +265,38 @@ async fn describe(front: &Front, name: &ExportName) -> Result<ExportInfo, Export
 async fn attach(
     front: &Front,
     name: &ExportName,
-    opened: &mut Option<SessionClient>,
+    opened: &mut Opened,
 ) -> Result<ExportInfo, ExportRefusal> {
-    let name = volume_name(name);
-    let shard = shard_client(front, name).ok_or(ExportRefusal::Unknown)?;
-    let volume = match shard.describe(name).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
-        Some(volume) => volume,
-        None if may_create(front, name) => create(front, shard, name).await?,
-        None => return Err(ExportRefusal::Unknown),
-    };
+    let (shard, volume) = find_or_create(front, name).await?;
     let info = export_info(&volume)?;
     // One that another attempt of this connection has left open.
-    if let Some(before) = opened.take() {
+    if let Some(before) = opened.session.take() {
         before.close().await;
     }
-    let client = opened.insert(SessionClient::new(shard.clone(), volume.id));
+    let client = SessionClient::new(shard.clone(), volume.id, opened.client.clone());
+    let client = opened.session.insert(client);
     match client.open().await {
         Ok(()) => Ok(info),
         Err(SessionEnd::Stopped(GroupStopped)) => Err(ExportRefusal::Shutdown),
         Err(SessionEnd::Ended(rejection)) => {
-            *opened = None;
+            opened.session = None;
             warn!(%rejection, "cannot open a session");
             Err(ExportRefusal::Policy)
         }
+    }
+}
+
+/// The volume of this name, created if nobody has, and the way to its shard.
+pub(super) async fn find_or_create<'a>(
+    front: &'a Front,
+    name: &ExportName,
+) -> Result<(&'a ShardClient, VolumeInfo), ExportRefusal> {
+    let name = volume_name(name);
+    let shard = shard_client(front, name).ok_or(ExportRefusal::Unknown)?;
+    match shard.describe(name).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
+        Some(volume) => Ok((shard, volume)),
+        None if may_create(front, name) => Ok((shard, create(front, shard, name).await?)),
+        None => Err(ExportRefusal::Unknown),
     }
 }
 
@@ -210,19 +306,27 @@ fn may_create(front: &Front, name: &str) -> bool {
         && !name.chars().any(char::is_control)
 }
 
+/// Milliseconds since 1970, 0 by a clock that is set to before.
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 async fn create(
     front: &Front,
     shard: &ShardClient,
     name: &str,
 ) -> Result<VolumeInfo, ExportRefusal> {
-    let command = command::encode_create_volume(name, front.volumes.default_size, "")
-        .map_err(|_| ExportRefusal::Unknown)?;
+    let size = front.volumes.default_size;
+    let (labels, now_ms) = (Labels::new(), now_ms());
+    let new = NewVolume { name, size, description: "", labels: &labels, key: None, now_ms };
+    let command = command::encode_new_volume(&new).map_err(|_| ExportRefusal::Unknown)?;
     match shard.run(&command).await.map_err(|GroupStopped| ExportRefusal::Shutdown)? {
         Outcome::VolumeCreated(volume) => {
             info!(volume = %volume.name, size = volume.size, "created a volume");
             Ok(volume)
         }
-        Outcome::VolumeExists(volume) => Ok(volume),
+        Outcome::VolumeExists(volume) | Outcome::VolumeRepeated(volume) => Ok(volume),
         other => {
             warn!(outcome = ?other, "cannot create a volume");
             Err(ExportRefusal::Policy)

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use nbd_proto::{CommandKind, NbdError, ReplyTo};
+use nbd_service::trace::Span;
 
 use crate::budget::BytePermit;
 use crate::limits::{MUTATIONS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX};
@@ -23,9 +24,12 @@ pub(crate) struct Pending {
     pub(crate) error: Option<NbdError>,
     /// Its share of the byte budget, held until it is answered.
     pub(crate) permit: Option<BytePermit>,
-    /// Bytes of its reply that are being made elsewhere.
+    /// Bytes of its reply that are being made elsewhere. Of a read that is answered in pieces:
+    /// those that are not queued yet.
     pub(crate) reply_bytes: usize,
     pub(crate) since: Instant,
+    /// Its root, if it is traced: ends when it is answered.
+    pub(crate) trace: Option<Span>,
 }
 
 impl Pending {
@@ -41,6 +45,7 @@ impl Pending {
             permit: None,
             reply_bytes: 0,
             since: Instant::now(),
+            trace: None,
         }
     }
 }
@@ -66,6 +71,11 @@ impl InFlight {
         self.slots.len() - self.free.len()
     }
 
+    /// The roots of those that are traced.
+    pub(crate) fn traces(&mut self) -> impl Iterator<Item = &mut Span> {
+        self.slots.iter_mut().flatten().filter_map(|pending| pending.trace.as_mut())
+    }
+
     /// Whether a request of `mutations` mutations, the first numbered `next_seq`, may be taken in.
     pub(crate) fn has_room(&self, next_seq: u64, mutations: usize) -> bool {
         if self.len() >= REQUESTS_IN_FLIGHT_MAX {
@@ -86,6 +96,21 @@ impl InFlight {
         }
         self.slots.push(Some(pending));
         self.slots.len() - 1
+    }
+
+    /// Counts so many bytes of a request's reply as queued. Gives the address for them and their
+    /// part of the request's share of the byte budget.
+    pub(crate) fn reply_queued(
+        &mut self,
+        token: usize,
+        bytes: usize,
+    ) -> (ReplyTo, Option<BytePermit>) {
+        let Some(pending) = &mut self.slots[token] else {
+            panic!("request {token} is not under way");
+        };
+        pending.reply_bytes -= bytes;
+        let share = pending.permit.as_mut().map(|permit| permit.split(bytes as u64));
+        (pending.to, share)
     }
 
     /// Counts one part as finished. Gives the request back when that was its last.

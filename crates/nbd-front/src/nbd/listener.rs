@@ -1,16 +1,17 @@
 //! Accepts NBD connections.
 
-use std::io;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::{SockRef, TcpKeepalive};
+use nbd_splice::set_options;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tracing::{Instrument, debug, info, info_span, warn};
+use tracing::{Instrument, Span, debug, info, info_span, warn};
 
-use super::{Front, attach};
+use super::Front;
+use super::attach::{self, Origin};
+use super::connections::{Connections, Place};
 
 /// Wait before accepting again after the system refused (out of file descriptors, say).
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -20,31 +21,43 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 pub struct Listener {
     socket: TcpListener,
     front: Arc<Front>,
-    connections_max: usize,
-    connections: Arc<Semaphore>,
+    connections: Connections,
 }
 
 impl Listener {
     /// Serves at most `connections_max` connections at a time, which come over `socket`.
     #[must_use]
     pub fn new(socket: TcpListener, front: Arc<Front>, connections_max: usize) -> Self {
-        let connections = Arc::new(Semaphore::new(connections_max));
-        Self { socket, front, connections_max, connections }
+        let connections_max = u32::try_from(connections_max).unwrap_or(u32::MAX);
+        Self { socket, front, connections: Connections::new(connections_max) }
+    }
+
+    /// The connections that it has accepted.
+    #[must_use]
+    pub fn connections(&self) -> Connections {
+        self.connections.clone()
+    }
+
+    pub(super) const fn front(&self) -> &Arc<Front> {
+        &self.front
     }
 
     /// Runs until shutdown begins. Each connection is a task that the shutdown waits for.
     pub async fn run(self) {
-        let mut connection_number = 0_u64;
+        let shutdown = self.front.shutdown.started();
+        self.run_until(shutdown).await;
+    }
+
+    /// Runs until `stop`; the connections accepted by then go on.
+    pub async fn run_until(self, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
         loop {
             let accepted = tokio::select! {
-                () = self.front.shutdown.started() => return,
+                () = &mut stop => return,
                 accepted = self.socket.accept() => accepted,
             };
             match accepted {
-                Ok((stream, peer)) => {
-                    connection_number += 1;
-                    self.spawn(stream, peer, connection_number);
-                }
+                Ok((stream, peer)) => self.spawn(stream, peer),
                 Err(error) => {
                     warn!(%error, "cannot accept a connection");
                     tokio::time::sleep(ACCEPT_RETRY).await;
@@ -53,10 +66,10 @@ impl Listener {
         }
     }
 
-    fn spawn(&self, stream: TcpStream, peer: SocketAddr, number: u64) {
-        let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else {
+    fn spawn(&self, stream: TcpStream, peer: SocketAddr) {
+        let Some(place) = self.connections.enter() else {
             // Closing before the greeting is how NBD says no at this point.
-            info!(%peer, limit = self.connections_max, "too many connections: closed a new one");
+            info!(%peer, limit = self.connections.max(), "too many connections: closed a new one");
             self.front.metrics.connections_refused.increment(1);
             return;
         };
@@ -65,27 +78,26 @@ impl Listener {
             return;
         }
         let front = Arc::clone(&self.front);
-        let span = info_span!("connection", id = number, %peer);
-        self.front.shutdown.spawn(
-            async move {
-                front.metrics.connections.increment(1.0);
-                attach::serve(stream, &front).await;
-                front.metrics.connections.decrement(1.0);
-                drop(place);
-            }
-            .instrument(span),
-        );
+        let origin = Origin { number: place.number, peer };
+        let span = info_span!("connection", id = origin.number, %peer);
+        let serve = async move { attach::serve(stream, origin, &front).await };
+        spawn_connection(&self.front, place, span, serve);
     }
 }
 
-/// Replies leave at once, and a client whose host is gone is noticed within about a minute.
-fn set_options(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let socket = SockRef::from(stream);
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(30))
-        .with_interval(Duration::from_secs(10))
-        .with_retries(3);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(Duration::from_secs(60)))
+/// Runs a connection to its end, as a task that the shutdown waits for.
+pub(super) fn spawn_connection(
+    front: &Arc<Front>,
+    place: Place,
+    span: Span,
+    connection: impl Future<Output = ()> + Send + 'static,
+) {
+    let counted = Arc::clone(front);
+    let task = async move {
+        counted.metrics.connections.increment(1.0);
+        connection.await;
+        counted.metrics.connections.decrement(1.0);
+        drop(place);
+    };
+    front.shutdown.spawn(task.instrument(span));
 }

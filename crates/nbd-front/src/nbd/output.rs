@@ -1,4 +1,4 @@
-//! Replies on their way to one client.
+//! Bytes on their way to one client, or over a relay.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -16,7 +16,7 @@ const BUFFER_BYTES: usize = 64 << 10;
 
 /// Bytes to send, in order: small replies gather in one buffer, large read data is queued as it is.
 #[derive(Debug, Default)]
-pub(crate) struct Output {
+pub struct Output {
     queue: VecDeque<Bytes>,
     queued_bytes: usize,
     buffer: BytesMut,
@@ -28,7 +28,7 @@ pub(crate) struct Output {
 
 impl Output {
     /// Where replies are encoded.
-    pub(crate) fn buffer(&mut self) -> &mut BytesMut {
+    pub fn buffer(&mut self) -> &mut BytesMut {
         if self.buffer.capacity() - self.buffer.len() < 512 {
             self.buffer.reserve(BUFFER_BYTES);
         }
@@ -36,32 +36,36 @@ impl Output {
     }
 
     /// Queues bytes behind all that was encoded so far, without copying them.
-    pub(crate) fn push(&mut self, bytes: Bytes) {
+    pub fn push(&mut self, bytes: Bytes) {
         self.seal();
         self.queued_bytes += bytes.len();
         self.queue.push_back(bytes);
     }
 
     /// Keeps a share of the byte budget until all that is queued by now is sent.
-    pub(crate) fn hold(&mut self, permit: BytePermit) {
+    pub fn hold(&mut self, permit: BytePermit) {
         self.permits.push_back((self.sent + self.len() as u64, permit));
     }
 
     /// Whether others wait for what is held here.
-    pub(crate) fn is_wanted(&self) -> bool {
+    pub fn is_wanted(&self) -> bool {
         self.permits.iter().any(|(_, permit)| permit.is_wanted())
     }
 
     /// Bytes sent so far.
-    pub(crate) fn sent(&self) -> u64 {
+    pub fn sent(&self) -> u64 {
         self.sent
     }
 
-    pub(crate) fn len(&self) -> usize {
+    /// Bytes that wait to be sent.
+    #[must_use]
+    pub fn len(&self) -> usize {
         self.queued_bytes + self.buffer.len()
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether all has been sent.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
@@ -73,7 +77,7 @@ impl Output {
     }
 
     /// Sends as much as the socket takes now.
-    pub(crate) fn try_send(&mut self, stream: &TcpStream) -> io::Result<()> {
+    pub fn try_send(&mut self, stream: &TcpStream) -> io::Result<()> {
         self.seal();
         while !self.queue.is_empty() {
             let slices: Vec<IoSlice<'_>> =

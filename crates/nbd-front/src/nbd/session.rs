@@ -16,6 +16,8 @@
 //!                              └──────────────────────────┘
 //! ```
 //!
+//! A session that another process takes over ([`super::handover`]) leaves between two requests.
+//!
 //! The task stops reading its socket while it has [`REQUESTS_IN_FLIGHT_MAX`] requests under way,
 //! while the process's byte budget is used up, or while its client leaves replies unread; nothing
 //! else waits for that. It ends when the client leaves, breaks the protocol or stalls, or when the
@@ -31,7 +33,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::BytesMut;
 use nbd_proto::limits::BLOCK_STATUS_EXTENTS_MAX;
@@ -39,6 +41,8 @@ use nbd_proto::{
     Command, CommandKind, Decoded, NbdError, Negotiated, Refused, ReplyEncoder, ReplyTo, Request,
     RequestDecoder, TransmissionError,
 };
+use nbd_relay::Failed;
+use nbd_service::trace::{Sampler, Span};
 use nbd_store::limits::{BLOCK_BYTES, MUTATION_BYTES_MAX};
 use nbd_store::{CommandKind as LogKind, Outcome, Rejection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest, Ready};
@@ -48,17 +52,19 @@ use tracing::{debug, error, info};
 
 use self::write::{DIRECT_READ_BYTES_MIN, PayloadStage};
 use super::Front;
+use super::handover::departure::{Departed, Departure};
+use super::handover::{Parcel, UNREAD_BYTES_MAX};
 use super::in_flight::{InFlight, Pending};
 use super::output::Output;
+use super::trace;
 use crate::budget::BytePermit;
 use crate::limits::{
     INPUT_READ_BYTES, LINGER, OUTPUT_BYTES_MAX, OUTPUT_PROGRESS_BYTES, OUTPUT_STALL_MAX,
-    PAYLOAD_STALL_MAX, SHORT_RATE_MIN, SHORT_STALL_MAX, STALL_POLL,
+    PAYLOAD_STALL_MAX, SHORT_RATE_MIN, STALL_POLL, TRACED_MAX, is_slow,
 };
 use crate::route::GroupStopped;
-use crate::shard_client::{
-    Event, Failed, ReadData, SessionClient, SessionEnd as ClientEnd, Signal,
-};
+use crate::sessions::{BackendAt, Meter};
+use crate::shard_client::{Event, ReadBuffer, SessionClient, SessionEnd as ClientEnd, Signal};
 
 /// Bytes that one extent of a block status takes, in memory and in the widest reply.
 const STATUS_EXTENT_BYTES: u64 = 40;
@@ -74,23 +80,38 @@ pub(super) struct Attached {
     pub(super) input: BytesMut,
     pub(super) negotiated: Negotiated,
     pub(super) client: SessionClient,
+    pub(super) meter: Meter,
     pub(super) front: Arc<Front>,
 }
 
-/// Serves the session until it ends, and gives it back to be closed.
-pub(super) async fn run(attached: Attached) -> SessionClient {
+/// Serves the session until it ends, and gives it back to be closed; unless another process has
+/// taken it over.
+pub(super) async fn run(attached: Attached) -> Option<SessionClient> {
     let size = attached.negotiated.export.size;
     info!(size, volume = attached.client.volume().0, "attached");
     let mut session = Session::new(attached);
     match session.run().await {
-        Ok(()) => info!("detached"),
-        // What the client had in flight is of unknown outcome: somebody should know why.
-        Err(SessionEnd::Client(end @ ClientEnd::Ended(_))) => {
-            error!(reason = %end, "connection ended");
+        Ok(End::Closed) => info!("detached"),
+        Ok(End::HandedOver) => {
+            info!("handed over to another process");
+            return None;
+        }
+        // Of what the client has in flight the outcome is unknown: somebody should know why.
+        Err(SessionEnd::Client(end @ ClientEnd::Ended(_))) if !session.in_flight.is_empty() => {
+            error!(reason = %end, in_flight = session.in_flight.len(), "connection ended");
         }
         Err(end) => info!(reason = %end, "connection ended"),
     }
-    session.client
+    Some(session.client)
+}
+
+/// How a connection ended in good order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The client left, or the process stops.
+    Closed,
+    /// The client is another process's.
+    HandedOver,
 }
 
 /// Why a connection ended otherwise than by the client's leave.
@@ -140,8 +161,15 @@ struct Session {
     decoder: RequestDecoder,
     encoder: ReplyEncoder,
     context: Option<u32>,
+    negotiated: Negotiated,
     client: SessionClient,
+    meter: Meter,
+    /// Bytes received so far, behind the handshake.
+    received: u64,
+    /// As of when the meter knows whom the session is attached to.
+    standing_told: u64,
     front: Arc<Front>,
+    departure: Departure,
     stage: Stage,
     in_flight: InFlight,
     output: Output,
@@ -153,19 +181,32 @@ struct Session {
     /// them, and how much it had taken by then.
     output_since: Option<(Instant, u64)>,
     /// Where small reads are put together.
-    scratch: ReadData,
+    scratch: ReadBuffer,
+    sampler: Sampler,
+    /// The root of the request that was decoded and is not begun yet, if it is traced.
+    tracing: Option<Span>,
+    /// As of when traced requests know whom the session is attached to.
+    standing_traced: u64,
 }
 
 impl Session {
     fn new(attached: Attached) -> Self {
-        let Attached { stream, input, negotiated, client, front } = attached;
+        let Attached { stream, input, negotiated, client, meter, front } = attached;
         Self {
             stream,
+            received: input.len() as u64,
             input,
             decoder: RequestDecoder::new(&negotiated),
             encoder: ReplyEncoder::new(&negotiated),
             context: negotiated.allocation_context,
+            standing_told: client.standing().changes(),
+            standing_traced: client.standing().changes(),
+            sampler: front.tracer.sampler(),
+            tracing: None,
+            negotiated,
             client,
+            meter,
+            departure: Departure::new(&front),
             front,
             stage: Stage::Header,
             in_flight: InFlight::default(),
@@ -173,26 +214,37 @@ impl Session {
             client_left: false,
             reading_bytes: 0,
             output_since: None,
-            scratch: ReadData::default(),
+            scratch: ReadBuffer::default(),
         }
     }
 
-    async fn run(&mut self) -> Result<(), SessionEnd> {
+    async fn run(&mut self) -> Result<End, SessionEnd> {
         let shutdown = self.front.shutdown.token();
-        self.serve(&shutdown).await?;
-        // A client that is gone already has nothing to wait for.
-        let _ = self.linger().await;
-        Ok(())
+        let served = self.serve(&shutdown).await;
+        self.tell_meter();
+        if let Err(end) = &served {
+            self.in_flight.traces().for_each(|span| span.error(end.to_string()));
+        }
+        let end = served?;
+        if end == End::Closed {
+            // A client that is gone already has nothing to wait for.
+            let _ = self.linger().await;
+        }
+        Ok(end)
     }
 
-    async fn serve(&mut self, shutdown: &CancellationToken) -> Result<(), SessionEnd> {
+    async fn serve(&mut self, shutdown: &CancellationToken) -> Result<End, SessionEnd> {
         loop {
             while let Some(signal) = self.client.try_next() {
                 self.take_signal(signal).await?;
+                // A large read goes out while it still comes in.
+                if self.output.len() >= OUTPUT_BYTES_MAX {
+                    self.output.try_send(&self.stream)?;
+                }
             }
             if self.client_left && !self.client.is_attached() {
                 // Nobody waits for what is pending, and its client may be sending it again.
-                return Ok(());
+                return Ok(End::Closed);
             }
             let mut more = self.take_input().await?;
             let held_back = !self.output_has_room();
@@ -201,11 +253,22 @@ impl Session {
             more |= held_back && self.output_has_room();
             self.note_output();
             self.check_stall()?;
+            self.tell_meter();
             if matches!(self.stage, Stage::Closing)
                 && self.in_flight.is_empty()
                 && self.output.is_empty()
             {
-                return Ok(());
+                return Ok(End::Closed);
+            }
+            if self.may_depart() {
+                if self.depart().await == Departed::Gone {
+                    return Ok(End::HandedOver);
+                }
+                // What was held back may be here already.
+                more = true;
+            } else if self.is_stuck() {
+                self.departure.pass();
+                more = true;
             }
             if more {
                 // Others on this worker get their turn between two bursts of one client.
@@ -221,6 +284,7 @@ impl Session {
         let closing = matches!(self.stage, Stage::Closing);
         let interest = self.interest();
         let may_stall = self.may_stall();
+        let watched = self.departure.watches_shutdown();
         let mut budget_permit = None;
         tokio::select! {
             signal = self.client.wait() => self.take_signal(signal).await?,
@@ -231,7 +295,8 @@ impl Session {
                 }
             }
             permit = budget_turn(&mut self.stage) => budget_permit = Some(permit),
-            () = shutdown.cancelled(), if !closing => self.close(),
+            () = shutdown.cancelled(), if !closing && !watched => self.close(),
+            () = self.departure.news(), if !closing => {}
             () = tokio::time::sleep(STALL_POLL), if may_stall => {}
         }
         if let Some(permit) = budget_permit
@@ -239,7 +304,30 @@ impl Session {
         {
             self.begin(request, Some(permit)).await?;
         }
+        if self.client.standing().changes() != self.standing_traced {
+            self.trace_standing();
+        }
         Ok(())
+    }
+
+    /// Requests that are traced tell that the session was attached anew, or waits for a leader.
+    fn trace_standing(&mut self) {
+        let standing = self.client.standing();
+        self.standing_traced = standing.changes();
+        let node = standing.leader().map(|leader| leader.node.to_string());
+        let epoch = i64::from(self.client.epoch().0);
+        for span in self.in_flight.traces() {
+            match &node {
+                Some(node) => span.event(
+                    "resumed",
+                    [
+                        ("cinderblock.node", node.clone().into()),
+                        ("cinderblock.epoch", epoch.into()),
+                    ],
+                ),
+                None => span.event("leader lost", [("cinderblock.epoch", epoch.into())]),
+            }
+        }
     }
 
     /// Stops reading. A payload that is not complete never takes effect; a request that waits for
@@ -247,8 +335,41 @@ impl Session {
     fn close(&mut self) {
         let stage = std::mem::replace(&mut self.stage, Stage::Closing);
         if let Stage::Budget { request, .. } | Stage::Room { request } = stage {
-            self.fail(request.reply_to(), NbdError::Shutdown);
+            let trace = self.tracing.take();
+            self.fail(request.reply_to(), NbdError::Shutdown, trace);
         }
+    }
+
+    /// Whether the next request is another process's to read.
+    fn is_held_back(&self) -> bool {
+        self.departure.is_due() && self.decoder.is_between_requests()
+    }
+
+    /// Whether another process may take the session over now: nothing of it is under way.
+    fn may_depart(&self) -> bool {
+        self.is_held_back()
+            && matches!(self.stage, Stage::Header)
+            && self.in_flight.is_empty()
+            && self.output.is_empty()
+            && self.input.len() <= UNREAD_BYTES_MAX
+    }
+
+    /// Whether waiting for everything to be answered would take up a turn for nothing.
+    fn is_stuck(&self) -> bool {
+        self.departure.is_due() && !self.client.is_attached() && !self.client.is_idle()
+    }
+
+    async fn depart(&mut self) -> Departed {
+        debug_assert!(self.client.is_idle(), "what is under way is in both tables");
+        let parcel = Parcel {
+            id: self.client.id(),
+            epoch: self.client.epoch(),
+            next_seq: self.client.next_seq(),
+            volume: self.client.volume(),
+            negotiated: self.negotiated.clone(),
+            input: self.input.clone().freeze(),
+        };
+        self.departure.offer(&self.stream, &parcel).await
     }
 
     /// Lets the last replies arrive: closing a socket that has unread input would discard them.
@@ -271,7 +392,7 @@ impl Session {
 
     fn interest(&self) -> Option<Interest> {
         let read = match &self.stage {
-            Stage::Header => self.output_has_room(),
+            Stage::Header => self.output_has_room() && !self.is_held_back(),
             Stage::Payload(_) => true,
             Stage::Budget { .. } | Stage::Room { .. } | Stage::Closing => false,
         };
@@ -292,6 +413,16 @@ impl Session {
             Some((since, before)) if sent - before < OUTPUT_PROGRESS_BYTES => Some((since, before)),
             _ => Some((Instant::now(), sent)),
         };
+    }
+
+    /// Tells the list of sessions and the metrics how things stand.
+    fn tell_meter(&mut self) {
+        self.meter.tell(self.received, self.output.sent(), self.in_flight.len());
+        let standing = self.client.standing();
+        if standing.changes() != self.standing_told {
+            self.standing_told = standing.changes();
+            self.meter.attached(standing.leader().map(BackendAt::from));
+        }
     }
 
     /// Whether the client may be in the way of others by being slow.
@@ -357,7 +488,10 @@ impl Session {
                 self.close();
                 Ok(())
             }
-            Ok(_) => Ok(()),
+            Ok(count) => {
+                self.received += count as u64;
+                Ok(())
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -384,7 +518,7 @@ impl Session {
                     }
                 }
                 Stage::Header => {
-                    if !self.output_has_room() || !self.decode().await? {
+                    if !self.output_has_room() || self.is_held_back() || !self.decode().await? {
                         return Ok(false);
                     }
                 }
@@ -399,7 +533,14 @@ impl Session {
             Decoded::NeedMore => return Ok(false),
             Decoded::Disconnect => self.close(),
             Decoded::Refused(refused) => self.refuse(&refused),
-            Decoded::Request(request) => return self.admit(request).await,
+            Decoded::Request(request) => {
+                if self.sampler.take() {
+                    let (shard, volume) = (self.client.shard().id(), self.client.volume());
+                    let command = &request.command;
+                    self.tracing = trace::root(&self.front.tracer, command, shard, volume);
+                }
+                return self.admit(request).await;
+            }
         }
         Ok(true)
     }
@@ -442,23 +583,24 @@ impl Session {
     ) -> Result<(), SessionEnd> {
         let to = request.reply_to();
         let since = Instant::now();
+        let trace = self.tracing.take();
         match (request.command, permit) {
             (Command::Write { offset, len }, Some(permit)) => {
-                let payload =
-                    PayloadStage::new(to, offset, len, self.client.next_seq(), permit, since);
+                let first_seq = self.client.next_seq();
+                let payload = PayloadStage::new(to, (offset, len), first_seq, permit, since, trace);
                 self.stage = Stage::Payload(payload);
             }
             (Command::Read { offset, len, dont_fragment }, Some(permit)) => {
-                self.begin_read(to, offset, len, dont_fragment, permit);
+                self.begin_read(to, (offset, len), dont_fragment, permit, trace);
             }
             (Command::Trim { offset, len }, _) if len > 0 => {
-                self.begin_range(to, LogKind::Trim, offset, len, false).await?;
+                self.begin_range(to, LogKind::Trim, (offset, len), false, trace).await?;
             }
             (Command::WriteZeroes { offset, len, no_hole }, _) if len > 0 => {
-                self.begin_range(to, LogKind::WriteZeroes, offset, len, no_hole).await?;
+                self.begin_range(to, LogKind::WriteZeroes, (offset, len), no_hole, trace).await?;
             }
             (Command::BlockStatus { offset, len, req_one }, Some(permit)) => {
-                self.begin_status(to, offset, len, req_one, permit);
+                self.begin_status(to, (offset, len), req_one, permit, trace);
             }
             // Every reply that was sent is durable already, there is no cache to warm, and a
             // request of no bytes has nothing to do.
@@ -472,7 +614,10 @@ impl Session {
         self.encoder.done(self.output.buffer(), &to);
     }
 
-    fn fail(&mut self, to: ReplyTo, error: NbdError) {
+    fn fail(&mut self, to: ReplyTo, error: NbdError, trace: Option<Span>) {
+        if let Some(mut span) = trace {
+            span.error(message(error));
+        }
         self.front.metrics.failed.increment(1);
         self.encoder.error(self.output.buffer(), &to, error, message(error));
     }
@@ -487,17 +632,19 @@ impl Session {
     fn complete(&mut self, event: Event) {
         match event {
             Event::Mutation { token, outcome } => self.finish(token, outcome_error(&outcome)),
-            Event::Refused { token, failed } => self.finish(token, Some(failed.into())),
-            Event::Read { token, result } => {
-                if let Some((pending, data)) = self.finish_query(token, result) {
-                    self.send_read(pending.to, data);
+            Event::Refused { token, failed } => self.finish(token, Some(refusal_error(failed))),
+            Event::Sample { requests } => self.sampler.want(requests.min(TRACED_MAX)),
+            Event::Piece { token, at, data } => self.relay(token, at, data),
+            Event::Read { token, at, result } => {
+                if let Some((pending, data)) = self.finish_query(token, at, result) {
+                    self.send_read(pending.to, at, data, true);
                     self.sent(pending);
                 }
             }
             Event::Status { token, result } => {
-                let Some((pending, extents)) = self.finish_query(token, result) else { return };
+                let Some((pending, extents)) = self.finish_query(token, 0, result) else { return };
                 let Some(context) = self.context else {
-                    return self.fail(pending.to, NbdError::Io);
+                    return self.fail(pending.to, NbdError::Io, pending.trace);
                 };
                 let extents: Vec<_> = extents.into_iter().map(read::extent).collect();
                 let out = self.output.buffer();
@@ -510,18 +657,30 @@ impl Session {
     /// Counts one mutation of a request as finished, and answers the request with its last.
     fn finish(&mut self, token: usize, error: Option<NbdError>) {
         if let Some(pending) = self.in_flight.finish_part(token, error) {
-            self.answer(&pending);
+            self.answer(pending);
         }
     }
 
-    /// Ends a query, and answers it if it has failed.
-    fn finish_query<T>(&mut self, token: usize, result: Result<T, Failed>) -> Option<(Pending, T)> {
-        let error = result.as_ref().err().map(|failed| NbdError::from(*failed));
+    /// Ends a query, and answers it if it has failed. The first `at` bytes of its reply are queued
+    /// already.
+    fn finish_query<T>(
+        &mut self,
+        token: usize,
+        at: u64,
+        result: Result<T, Failed>,
+    ) -> Option<(Pending, T)> {
+        let error = result.as_ref().err().map(|failed| failure_error(*failed));
         let pending = self.in_flight.finish_part(token, error)?;
         self.reading_bytes -= pending.reply_bytes;
         match (result, error) {
             (Ok(data), _) => return Some((pending, data)),
-            (Err(_), error) => self.fail(pending.to, error.unwrap_or(NbdError::Io)),
+            (Err(_), error) => {
+                let error = error.unwrap_or(NbdError::Io);
+                match at {
+                    0 => self.fail(pending.to, error, pending.trace),
+                    _ => self.break_off(pending.to, at, error, pending.trace),
+                }
+            }
         }
         None
     }
@@ -535,10 +694,10 @@ impl Session {
     }
 
     /// Answers a request whose mutations have all come to an end.
-    fn answer(&mut self, pending: &Pending) {
+    fn answer(&mut self, pending: Pending) {
         match pending.error {
             None => self.done(pending.to, pending.kind, pending.len, pending.since),
-            Some(error) => self.fail(pending.to, error),
+            Some(error) => self.fail(pending.to, error, pending.trace),
         }
     }
 }
@@ -558,12 +717,23 @@ fn cost(command: &Command) -> (usize, u64) {
     }
 }
 
-impl From<Failed> for NbdError {
-    fn from(failed: Failed) -> Self {
-        match failed {
-            Failed::NoSpace => Self::NoSpc,
-            Failed::Io => Self::Io,
-        }
+/// The NBD error of a query that was not carried out.
+const fn failure_error(failed: Failed) -> NbdError {
+    match failed {
+        Failed::NoSpace => NbdError::NoSpc,
+        Failed::Io => NbdError::Io,
+        // The volume was made smaller since the client attached.
+        Failed::PastEnd => NbdError::Inval,
+        Failed::Gone => NbdError::Shutdown,
+    }
+}
+
+/// The NBD error of a mutation that was not carried out: for what lies past the end the protocol
+/// has another one than for queries.
+const fn refusal_error(failed: Failed) -> NbdError {
+    match failed {
+        Failed::PastEnd => NbdError::NoSpc,
+        _ => failure_error(failed),
     }
 }
 
@@ -586,6 +756,7 @@ fn message(error: NbdError) -> &'static str {
         NbdError::NoSpc => "no room left on the replica's disk, or past the end of the volume",
         NbdError::Shutdown => "the volume is gone or the server is shutting down",
         NbdError::Io => "the replica could not carry out the request; its log says why",
+        NbdError::Inval => "past the end of the volume, which was made smaller",
         _ => "the request was refused",
     }
 }
@@ -602,12 +773,6 @@ async fn budget_turn(stage: &mut Stage) -> BytePermit {
         Stage::Budget { permit, .. } => permit.await,
         _ => std::future::pending().await,
     }
-}
-
-/// Whether `bytes` in `elapsed` is too slow for a connection that others wait for.
-fn is_slow(bytes: u64, elapsed: Duration) -> bool {
-    elapsed >= SHORT_STALL_MAX
-        && u128::from(bytes) * 1000 < u128::from(SHORT_RATE_MIN) * elapsed.as_millis()
 }
 
 /// Bytes that the reply to a block status request may take.

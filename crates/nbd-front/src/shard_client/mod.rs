@@ -3,14 +3,16 @@
 //! ```text
 //!  NBD session ─▶ SessionClient ─┬─ leader here ──▶ LocalAttachment ──▶ its group, its store
 //!                  (what is      │
-//!                   pending)     └─ leader there ─▶ Remote ══ gRPC ══▶ session service of its node
+//!                   pending)     └─ leader there ─▶ Remote ══ relay ══▶ relay service of its node
 //! ```
 //!
 //! - [`session`]: [`SessionClient`], one session over one attachment at a time, kept through moves
 //!   of the leader.
-//! - [`remote`]: attachments to leaders elsewhere. [`links`]: connections to their nodes. What an
-//!   attachment to a leader here does is up to the replica ([`LocalReplica`]).
-//! - [`answer`]: what attachments of both kinds answer.
+//! - [`remote`]: attachments to leaders elsewhere, by relays ([`nbd_relay`]). [`links`]: gRPC
+//!   connections to their nodes, for all else. What an attachment to a leader here does is up to
+//!   the replica ([`LocalReplica`]).
+//! - [`answer`]: what attachments of both kinds answer. [`standing`]: what a session's client feels
+//!   when the leader changes.
 //! - [`wire`]: between the types here and those of the protocol.
 //! - This file: [`ShardClient`], for commands and look-ups that need no session.
 //!
@@ -23,25 +25,28 @@ mod answer;
 mod links;
 mod remote;
 mod session;
+mod standing;
 mod wire;
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use nbd_relay::Caller;
 use nbd_service::Shutdown;
 use nbd_store::{Outcome, Owner, VolumeId, VolumeInfo, command};
 use nbd_topology::{ClusterName, ShardId};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::info;
 
 use self::wire::Elsewhere;
 use crate::local::LocalReplica;
+use crate::metrics::ShardMetrics;
 use crate::route::{GroupStopped, LeaderAt, Route};
 
-pub use answer::{Answered, Failed, QueryData, ReadData};
+pub use answer::{Answered, QueryData, ReadBuffer, ReadData};
 pub use links::Links;
 pub use session::{Event, SessionClient, SessionEnd, Signal};
 
@@ -70,10 +75,32 @@ pub struct Access {
     pub cluster: ClusterName,
     /// This life of this process, as sessions name their owner.
     pub owner: Owner,
+    /// Name of this process, as operators are told who serves a client: a node's, or a load
+    /// balancer's.
+    pub name: Arc<str>,
     /// Connections to the nodes.
     pub links: Links,
     /// The process's shutdown.
     pub shutdown: Shutdown,
+}
+
+/// The client of a session, as operators are told. Nothing is decided by it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientAt {
+    /// Where it is, as this process sees it: host:port.
+    pub address: String,
+    /// When it was connected: milliseconds since 1970.
+    pub since_ms: u64,
+}
+
+impl ClientAt {
+    /// A client that has connected just now.
+    #[must_use]
+    pub fn now(address: &impl ToString) -> Self {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let since_ms = since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(0));
+        Self { address: address.to_string(), since_ms }
+    }
 }
 
 /// Reaches one shard. Clones are cheap.
@@ -84,6 +111,7 @@ pub struct ShardClient {
     /// The replica in this process, if there is one.
     replica: Option<Arc<dyn LocalReplica>>,
     access: Arc<Access>,
+    metrics: Arc<ShardMetrics>,
 }
 
 /// The wait between attempts.
@@ -107,13 +135,23 @@ impl ShardClient {
     /// `replica` is the one in this process, if there is one: it is asked while the route says that
     /// the leader is local.
     #[must_use]
-    pub const fn new(
+    pub fn new(
         shard: ShardId,
         route: watch::Receiver<Route>,
         replica: Option<Arc<dyn LocalReplica>>,
         access: Arc<Access>,
     ) -> Self {
-        Self { shard, route, replica, access }
+        Self { shard, route, replica, access, metrics: Arc::new(ShardMetrics::new(shard)) }
+    }
+
+    /// Which shard it reaches.
+    pub(crate) const fn id(&self) -> ShardId {
+        self.shard
+    }
+
+    /// What is counted of its sessions.
+    pub(crate) const fn metrics(&self) -> &Arc<ShardMetrics> {
+        &self.metrics
     }
 
     /// Runs a command through the leader, and again until it has an outcome: only for commands that
@@ -171,6 +209,13 @@ impl ShardClient {
                 return Ok(volumes);
             }
         }
+    }
+
+    /// Whom a session is for, as its leader is told.
+    fn caller(&self, client: &ClientAt) -> Caller {
+        let ClientAt { address, since_ms } = client;
+        let (client, via) = (address.clone(), self.access.name.to_string());
+        Caller { client, via, since_ms: *since_ms }.bounded()
     }
 
     /// The replica in this process, if it is the leader.
@@ -240,6 +285,7 @@ pub async fn end_earlier_sessions(shard: ShardClient) {
                 info!(shard = %shard.shard, ?outcome, "ended earlier sessions");
             }
         }
-        () = stop => warn!(shard = %shard.shard, "earlier sessions were not ended"),
+        // The next life of the owner does it.
+        () = stop => info!(shard = %shard.shard, "stopping before earlier sessions were ended"),
     }
 }

@@ -1,5 +1,5 @@
 //! One session over one attachment at a time: to the replica in this process while it leads, else
-//! over gRPC to the node of the one that does.
+//! over a relay to the node of the one that does.
 //!
 //! No task of its own: its owner waits in [`SessionClient::wait`] beside whatever else it waits
 //! for, and hands what comes of it to [`SessionClient::take`]. So a mutation at the leader costs no
@@ -8,25 +8,30 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use nbd_session::{Attachment, ClientSession, Query, QueryId, Resend, Verdict};
+use nbd_relay::Failed;
+use nbd_service::trace::Context;
+use nbd_session::{Attachment, ClientSession, Piece, Query, QueryId, Resend, Verdict};
 use nbd_store::{Epoch, Extent, Outcome, Rejection, SessionId, VolumeId, encode_close_session};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::remote::{self, Remote};
+use super::standing::Standing;
 use super::{
-    ATTEMPT_MAX, Answered, Backoff, CLOSE_MAX, CLOSE_STOPPING_MAX, Failed, QueryData, ReadData,
-    ShardClient, sleep_until,
+    ATTEMPT_MAX, Answered, Backoff, CLOSE_MAX, CLOSE_STOPPING_MAX, ClientAt, QueryData, ReadBuffer,
+    ReadData, ShardClient, sleep_until,
 };
 use crate::limits::{MUTATIONS_IN_FLIGHT_MAX, REQUESTS_IN_FLIGHT_MAX};
-use crate::local::{LocalAttachment, LocalReplica, Share};
+use crate::local::{Attaching, LocalAttachment, LocalReplica, Share};
 use crate::route::{GroupStopped, LeaderAt, Route, RunError};
 
-/// Answers of a replica in this process that can be waiting: one for each request under way.
-const LOCAL_ANSWERS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX;
+/// Answers of a replica in this process that can be waiting: one for each request under way, that
+/// the session was ended, and that requests are to be traced.
+const LOCAL_ANSWERS_MAX: usize = MUTATIONS_IN_FLIGHT_MAX + REQUESTS_IN_FLIGHT_MAX + 2;
 
 /// Something that a session's owner asked for has come to an end. `token` is what it was asked
 /// with.
@@ -46,12 +51,28 @@ pub enum Event {
         /// Why.
         failed: Failed,
     },
-    /// The bytes of a read.
+    /// Some bytes of a read that was asked for in pieces. More will come.
+    Piece {
+        /// What it was asked with.
+        token: usize,
+        /// Where they belong, in bytes from the read's first.
+        at: u64,
+        /// The bytes.
+        data: ReadData,
+    },
+    /// The bytes of a read: all of them, or the last piece.
     Read {
         /// What it was asked with.
         token: usize,
-        /// The bytes, or why there are none.
+        /// Bytes that came in pieces before.
+        at: u64,
+        /// The bytes, or why there are no more.
         result: Result<ReadData, Failed>,
+    },
+    /// An operator wants the next requests to be traced.
+    Sample {
+        /// How many.
+        requests: u32,
     },
     /// A block status.
     Status {
@@ -102,14 +123,19 @@ enum Happened {
 #[derive(Debug)]
 enum Opened {
     Local(Box<dyn LocalAttachment>, mpsc::Receiver<Answered>),
-    Remote(Remote, mpsc::Receiver<Answered>),
+    Remote(Box<Remote>),
 }
 
-/// Whom to tell, and the share of the byte budget that a mutation holds as long as it is pending.
+/// Whom to tell, and how.
 #[derive(Debug)]
 struct Ticket {
     token: usize,
+    /// Of the byte budget: held by a mutation for as long as it is pending.
     share: Share,
+    /// A read is told piece by piece.
+    in_pieces: bool,
+    /// The span that the leader's are to be below, if it is traced.
+    trace: Option<Context>,
 }
 
 type Attempt = Pin<Box<dyn Future<Output = Result<Opened, AttachError>> + Send>>;
@@ -127,11 +153,7 @@ enum State {
         local: Box<dyn LocalAttachment>,
         answers: mpsc::Receiver<Answered>,
     },
-    Remote {
-        leader: LeaderAt,
-        remote: Remote,
-        answers: mpsc::Receiver<Answered>,
-    },
+    Remote(Box<Remote>),
 }
 
 impl std::fmt::Debug for State {
@@ -140,7 +162,7 @@ impl std::fmt::Debug for State {
             Self::Waiting { until } => f.debug_struct("Waiting").field("until", until).finish(),
             Self::Attaching { leader, .. } => f.debug_tuple("Attaching").field(leader).finish(),
             Self::Local { .. } => f.write_str("Local"),
-            Self::Remote { leader, .. } => f.debug_tuple("Remote").field(leader).finish(),
+            Self::Remote(remote) => f.debug_tuple("Remote").field(remote.leader()).finish(),
         }
     }
 }
@@ -150,12 +172,13 @@ impl std::fmt::Debug for State {
 pub struct SessionClient {
     shard: ShardClient,
     volume: VolumeId,
+    client: ClientAt,
     session: ClientSession<Ticket>,
     route: watch::Receiver<Route>,
     state: State,
     backoff: Backoff,
-    /// Reads of which a part is here. Of the current attachment only.
-    pieces: HashMap<QueryId, ReadData>,
+    /// Of reads that are wanted whole, the part that is here. Kept from one attachment to the next.
+    gathered: HashMap<QueryId, ReadBuffer>,
     /// An attachment was made once: what was sent over it may have taken effect.
     was_attached: bool,
     /// Something was answered over the present attachment. One that is lost before that is worth no
@@ -163,24 +186,43 @@ pub struct SessionClient {
     has_answered: bool,
     /// Nobody waits for answers: nothing is proposed or sent any more.
     leaving: bool,
+    standing: Standing,
 }
 
 impl SessionClient {
     /// A session that is not open yet. Nothing happens before [`SessionClient::open`].
     #[must_use]
-    pub fn new(shard: ShardClient, volume: VolumeId) -> Self {
+    pub fn new(shard: ShardClient, volume: VolumeId, client: ClientAt) -> Self {
         let route = shard.route.clone();
         Self {
             shard,
             volume,
+            client,
             session: ClientSession::new(SessionId(rand::random())),
             route,
             state: State::Waiting { until: None },
             backoff: Backoff::new(),
-            pieces: HashMap::new(),
+            gathered: HashMap::new(),
             was_attached: false,
             has_answered: false,
             leaving: false,
+            standing: Standing::default(),
+        }
+    }
+
+    /// A session that another process leaves to this one: see [`ClientSession::resumed`]. It
+    /// attaches once it is [waited](Self::wait) for; what is asked of it before is kept.
+    pub(crate) fn resumed(
+        shard: ShardClient,
+        volume: VolumeId,
+        client: ClientAt,
+        (id, epoch, next_seq): (SessionId, Epoch, u64),
+    ) -> Self {
+        Self {
+            session: ClientSession::resumed(id, epoch, next_seq),
+            state: State::Waiting { until: Some(Instant::now()) },
+            was_attached: true,
+            ..Self::new(shard, volume, client)
         }
     }
 
@@ -226,21 +268,43 @@ impl SessionClient {
         self.session.reserve(count)
     }
 
+    /// Whether nothing of it is under way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.session.is_idle()
+    }
+
     /// Whether it is attached now.
     pub(crate) const fn is_attached(&self) -> bool {
         matches!(self.session.attachment(), Attachment::Attached(_))
     }
 
+    /// Whom it is attached to, for those who watch.
+    pub(crate) const fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    /// The shard that it goes to.
+    pub(crate) const fn shard(&self) -> &ShardClient {
+        &self.shard
+    }
+
     /// Reads past the session, if it is attached to a replica in this process: see
     /// [`LocalAttachment::try_read`].
-    pub(crate) fn try_read(&self, offset: u64, len: u64, holes: bool, data: &mut ReadData) -> bool {
+    pub(crate) fn try_read(
+        &self,
+        offset: u64,
+        len: u64,
+        holes: bool,
+        data: &mut ReadBuffer,
+    ) -> bool {
         match &self.state {
             State::Local { local, .. } => local.try_read(offset, len, holes, data),
             _ => false,
         }
     }
 
-    /// Takes a mutation in, to be answered with `token`.
+    /// Takes a mutation in, to be answered with `token`. If it is traced, `trace` is the span above
+    /// the leader's.
     ///
     /// # Errors
     /// The process is stopping.
@@ -250,34 +314,67 @@ impl SessionClient {
         command: Bytes,
         token: usize,
         share: Share,
+        trace: Option<Context>,
     ) -> Result<(), GroupStopped> {
-        let ticket = Ticket { token, share: share.clone() };
+        self.note_asked();
+        let ticket = Ticket { token, share: share.clone(), in_pieces: false, trace };
         let Some(command) = self.session.submit(seq, command, ticket) else { return Ok(()) };
-        self.send_mutation(command, share).await
+        self.send_mutation(seq, command, share, trace).await
     }
 
-    /// Takes a query in, to be answered with `token`.
-    pub fn query(&mut self, query: Query, token: usize) {
-        let (id, now) = self.session.query(query, Ticket { token, share: None });
+    /// Takes a query in, to be answered with `token` at once and whole.
+    pub fn query(&mut self, query: Query, token: usize, trace: Option<Context>) {
+        self.ask(query, Ticket { token, share: None, in_pieces: false, trace });
+    }
+
+    /// Takes a read in, to be answered with `token` in pieces, as they come.
+    pub fn read_in_pieces(
+        &mut self,
+        (offset, len): (u64, u64),
+        holes: bool,
+        token: usize,
+        trace: Option<Context>,
+    ) {
+        let ticket = Ticket { token, share: None, in_pieces: true, trace };
+        self.ask(Query::Read { offset, len, holes }, ticket);
+    }
+
+    fn ask(&mut self, query: Query, ticket: Ticket) {
+        self.note_asked();
+        let trace = ticket.trace;
+        let (id, now) = self.session.query(query, ticket);
         if now {
-            self.send_query(id, query);
+            self.send_query(id, query, trace);
         }
     }
 
-    /// The client is gone: what is not proposed by now never will be, for it may be sending it
+    fn note_asked(&mut self) {
+        if self.standing.leader().is_none() {
+            self.standing.asked_in_vain(Instant::now());
+        }
+    }
+
+    /// The client is gone: what is not proposed by now should not be, for it may be sending it
     /// again, and newer writes behind it, over another connection.
-    pub(crate) const fn leave(&mut self) {
+    ///
+    /// What is on its way to a leader elsewhere cannot be called back. That attachment is given up,
+    /// so that the session is closed in the log next: what comes behind that is refused.
+    pub(crate) fn leave(&mut self) {
         self.leaving = true;
+        if matches!(self.state, State::Remote(_)) {
+            self.session.detached(self.session.epoch());
+            self.state = State::Waiting { until: None };
+        }
     }
 
     /// Something that has happened already, if anything has.
     pub(crate) fn try_next(&mut self) -> Option<Signal> {
-        match &mut self.state {
-            State::Local { answers, .. } | State::Remote { answers, .. } => {
-                answers.try_recv().ok().map(|answered| Signal(Happened::Answered(answered)))
-            }
+        let answered = match &mut self.state {
+            State::Local { answers, .. } => answers.try_recv().ok(),
+            State::Remote(remote) => remote.try_next(),
             State::Waiting { .. } | State::Attaching { .. } => None,
-        }
+        };
+        answered.map(|answered| Signal(Happened::Answered(answered)))
     }
 
     /// Waits until something happens. May be dropped at any time.
@@ -292,8 +389,12 @@ impl SessionClient {
                 opened = attempt => Happened::Attempt(Box::new(opened)),
                 changed = route.changed() => Happened::Route(changed.is_ok()),
             },
-            State::Local { answers, .. } | State::Remote { answers, .. } => tokio::select! {
+            State::Local { answers, .. } => tokio::select! {
                 answered = answers.recv() => Happened::Answered(answered.unwrap_or(Answered::Lost)),
+                changed = route.changed() => Happened::Route(changed.is_ok()),
+            },
+            State::Remote(remote) => tokio::select! {
+                answered = remote.wait(!self.session.is_idle()) => Happened::Answered(answered),
                 changed = route.changed() => Happened::Route(changed.is_ok()),
             },
         })
@@ -348,7 +449,9 @@ impl SessionClient {
 
     /// Begins an attempt to attach to the leader there is, or waits for one.
     fn attempt(&mut self) {
-        self.pieces.clear();
+        // Whatever attachment there was is given up, also if there is nobody to attach to.
+        self.session.detached(self.session.epoch());
+        self.standing.detached(Instant::now(), !self.session.is_idle());
         let leader = self.route.borrow_and_update().usable().cloned();
         let Some(leader) = leader.filter(|_| !self.leaving) else {
             self.state = State::Waiting { until: None };
@@ -357,14 +460,16 @@ impl SessionClient {
         let epoch = self.session.begin_attach();
         debug!(%epoch, node = %leader.node, "attaching");
         let shard = self.shard.clone();
-        let (id, volume, to) = (self.session.id(), self.volume, leader.clone());
+        let (session, volume, to) = (self.session.id(), self.volume, leader.clone());
+        let caller = self.shard.caller(&self.client);
+        let attaching = Attaching { session, epoch, volume, caller };
         let attempt = async move {
             let attach = async move {
                 if let Some(replica) = shard.replica_at(&to) {
-                    return open_here(&shard, replica, id, epoch, volume).await;
+                    return open_here(&shard, replica, attaching).await;
                 }
-                let attached = remote::attach(shard, to, id, epoch, volume).await;
-                attached.map(|(remote, answers)| Opened::Remote(remote, answers))
+                let attached = remote::attach(shard, to, attaching).await;
+                attached.map(|remote| Opened::Remote(Box::new(remote)))
             };
             let attached = tokio::time::timeout(ATTEMPT_MAX, attach).await;
             attached.unwrap_or(Err(AttachError::Elsewhere))
@@ -400,46 +505,57 @@ impl SessionClient {
 
     /// An attachment was made: sends all that is pending over it.
     async fn opened(&mut self, epoch: Epoch, opened: Opened) -> Result<(), GroupStopped> {
-        let Some(Resend { mutations, queries }) = self.session.attached(epoch) else {
-            return Ok(());
-        };
+        let Some(resend) = self.session.attached(epoch) else { return Ok(()) };
+        let Resend { mutations, queries, continued } = resend;
         let before = std::mem::replace(&mut self.state, State::Waiting { until: None });
         let State::Attaching { leader, .. } = before else {
             unreachable!("only an attempt under way can succeed")
         };
         if self.was_attached {
             let pending = mutations.len() + queries.len();
-            info!(%epoch, node = %leader.node, pending, "resumed");
+            info!(%epoch, node = %leader.node, pending, continued, "resumed");
+        }
+        if self.standing.attached(&leader) {
+            self.shard.metrics.failovers.increment(1);
         }
         self.was_attached = true;
         self.has_answered = false;
         self.state = match opened {
             Opened::Local(local, answers) => State::Local { local, answers },
-            Opened::Remote(remote, answers) => State::Remote { leader, remote, answers },
+            Opened::Remote(remote) => State::Remote(remote),
         };
         for (seq, command) in mutations {
-            let share = self.session.token(seq).and_then(|ticket| ticket.share.clone());
-            self.send_mutation(command, share).await?;
+            let ticket = self.session.token(seq);
+            let trace = ticket.and_then(|ticket| ticket.trace);
+            let share = ticket.and_then(|ticket| ticket.share.clone());
+            self.send_mutation(seq, command, share, trace).await?;
         }
         for (id, query) in queries {
-            self.send_query(id, query);
+            let trace = self.session.query_token(id).and_then(|ticket| ticket.trace);
+            self.send_query(id, query, trace);
         }
         Ok(())
     }
 
-    async fn send_mutation(&mut self, command: Bytes, share: Share) -> Result<(), GroupStopped> {
-        match &self.state {
-            State::Local { local, .. } => local.mutate(command, share).await?,
-            State::Remote { remote, .. } => remote.mutate(command),
+    async fn send_mutation(
+        &mut self,
+        seq: u64,
+        command: Bytes,
+        share: Share,
+        trace: Option<Context>,
+    ) -> Result<(), GroupStopped> {
+        match &mut self.state {
+            State::Local { local, .. } => local.mutate(command, share, trace).await?,
+            State::Remote(remote) => remote.mutate(seq, command, trace),
             State::Waiting { .. } | State::Attaching { .. } => {}
         }
         Ok(())
     }
 
-    fn send_query(&self, id: QueryId, query: Query) {
-        match &self.state {
-            State::Local { local, .. } => local.query(id, query),
-            State::Remote { remote, .. } => remote.query(id, query),
+    fn send_query(&mut self, id: QueryId, query: Query, trace: Option<Context>) {
+        match &mut self.state {
+            State::Local { local, .. } => local.query(id, query, trace),
+            State::Remote(remote) => remote.query(id, query, trace),
             State::Waiting { .. } | State::Attaching { .. } => {}
         }
     }
@@ -452,9 +568,8 @@ impl SessionClient {
                 self.backoff = Backoff::new();
                 return self.attempt();
             }
-            State::Attaching { leader, .. } | State::Remote { leader, .. } => {
-                !now.leads_away_from(leader)
-            }
+            State::Attaching { leader, .. } => !now.leads_away_from(leader),
+            State::Remote(remote) => !now.leads_away_from(remote.leader()),
             State::Local { .. } => now.leader.as_ref().is_none_or(|leader| leader.local),
         };
         if !asked {
@@ -466,23 +581,36 @@ impl SessionClient {
     /// The attachment is dead.
     fn lost(&mut self) {
         self.session.detached(self.session.epoch());
+        self.standing.detached(Instant::now(), !self.session.is_idle());
         if self.has_answered {
             self.backoff = Backoff::new();
             self.attempt();
         } else {
-            self.pieces.clear();
             self.state = State::Waiting { until: Some(self.backoff.next()) };
         }
     }
 
     async fn answered(&mut self, answered: Answered) -> Result<Option<Event>, SessionEnd> {
         let Attachment::Attached(epoch) = self.session.attachment() else { return Ok(None) };
-        self.has_answered |= answered.is_from_leader();
+        if answered.is_from_leader() {
+            self.has_answered = true;
+            self.note_answered();
+        }
         match answered {
-            Answered::Mutation { seq, outcome } => {
+            Answered::Mutation { seq, outcome, given, .. } => {
+                if let (State::Local { local, .. }, Some(given)) = (&self.state, given) {
+                    local.got(given);
+                }
                 return self.mutation_answered(epoch, seq, outcome);
             }
             Answered::Lost => self.lost(),
+            Answered::Sample(wanted) => {
+                return Ok(Some(Event::Sample { requests: wanted.swap(0, Ordering::Relaxed) }));
+            }
+            Answered::Ended => {
+                self.session.ended(epoch);
+                return Err(SessionEnd::Ended(Rejection::UnknownSession));
+            }
             Answered::Granted(granted) => {
                 if self.leaving {
                     return Ok(self.refused(epoch, granted.seq, Failed::Io));
@@ -492,13 +620,21 @@ impl SessionClient {
                 }
             }
             Answered::Refused { seq, failed } => return Ok(self.refused(epoch, seq, failed)),
-            Answered::Query { id, result } => {
-                self.pieces.remove(&id);
-                return Ok(self.query_answered(epoch, id, result));
+            Answered::Query { id, result: Ok(QueryData::Bytes(rest)) } => {
+                return Ok(self.piece(epoch, id, rest));
             }
+            Answered::Query { id, result } => return Ok(self.query_answered(epoch, id, result)),
             Answered::Piece { id, piece } => return Ok(self.piece(epoch, id, piece)),
         }
         Ok(None)
+    }
+
+    fn note_answered(&mut self) {
+        if self.standing.is_stalled()
+            && let Some(stall) = self.standing.answered(Instant::now())
+        {
+            self.shard.metrics.stall.record(stall);
+        }
     }
 
     fn mutation_answered(
@@ -525,59 +661,69 @@ impl SessionClient {
         Some(Event::Refused { token, failed })
     }
 
+    /// A query is done with, otherwise than by the last piece of a read.
     fn query_answered(
         &mut self,
         epoch: Epoch,
         id: QueryId,
         result: Result<QueryData, Failed>,
     ) -> Option<Event> {
+        self.gathered.remove(&id);
         let query = self.session.pending_query(id)?;
-        let Ticket { token, .. } = self.session.query_answered(epoch, id)?;
+        let (Ticket { token, in_pieces, .. }, done) = self.session.query_answered(epoch, id)?;
+        let failed = |result: Result<_, _>| result.err().unwrap_or(Failed::Io);
         Some(match (query, result) {
-            (Query::Read { .. }, Ok(QueryData::Bytes(data))) => {
-                Event::Read { token, result: Ok(data) }
-            }
             (Query::Read { .. }, result) => {
-                Event::Read { token, result: Err(result.err().unwrap_or(Failed::Io)) }
+                let at = if in_pieces { done } else { 0 };
+                Event::Read { token, at, result: Err(failed(result)) }
             }
             (Query::BlockStatus { .. }, Ok(QueryData::Extents(extents))) => {
                 Event::Status { token, result: Ok(extents) }
             }
             (Query::BlockStatus { .. }, result) => {
-                Event::Status { token, result: Err(result.err().unwrap_or(Failed::Io)) }
+                Event::Status { token, result: Err(failed(result)) }
             }
         })
     }
 
-    /// A part of a read is here. The read is answered with its last.
+    /// Some bytes of a read are here, or all that were asked for.
     fn piece(&mut self, epoch: Epoch, id: QueryId, piece: ReadData) -> Option<Event> {
-        let Some(Query::Read { len, holes, .. }) = self.session.pending_query(id) else {
-            return None;
+        let (len, holes) = match self.session.pending_query(id) {
+            Some(Query::Read { len, holes, .. }) => (len, holes),
+            _ => (0, false),
         };
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let whole = match self.pieces.remove(&id) {
-            None if piece.bytes.len() == len => piece,
-            before => {
-                let mut data = before.unwrap_or_default();
-                if data.bytes.len().saturating_add(piece.bytes.len()) > len {
-                    self.lost();
-                    return None;
-                }
-                data.bytes.reserve_exact(len - data.bytes.len());
-                append(&mut data, &piece, holes);
-                if data.bytes.len() < len {
-                    self.pieces.insert(id, data);
-                    return None;
-                }
-                data
+        match self.session.read_piece(epoch, id, piece.bytes.len() as u64) {
+            Piece::Ignored => None,
+            Piece::Detached => {
+                self.lost();
+                None
             }
-        };
-        self.query_answered(epoch, id, Ok(QueryData::Bytes(whole)))
+            Piece::Part { at, token: &Ticket { token, in_pieces: true, .. } } => {
+                Some(Event::Piece { token, at, data: piece })
+            }
+            Piece::Part { .. } => {
+                let data = self.gathered.entry(id).or_default();
+                let len = usize::try_from(len).unwrap_or(usize::MAX);
+                data.bytes.reserve_exact(len - data.bytes.len());
+                append(data, &piece, holes);
+                None
+            }
+            Piece::Last { at, token: Ticket { token, .. } } => {
+                let (at, data) = match self.gathered.remove(&id) {
+                    Some(mut data) => {
+                        append(&mut data, &piece, holes);
+                        (0, ReadData { bytes: data.bytes.into(), runs: data.runs })
+                    }
+                    None => (at, piece),
+                };
+                Some(Event::Read { token, at, result: Ok(data) })
+            }
+        }
     }
 }
 
 /// Adds the next part of a read. Without `holes` it stays one run of bytes.
-fn append(data: &mut ReadData, piece: &ReadData, holes: bool) {
+fn append(data: &mut ReadBuffer, piece: &ReadData, holes: bool) {
     let start = data.bytes.len();
     data.bytes.extend_from_slice(&piece.bytes);
     for (run, zero) in &piece.runs {
@@ -595,15 +741,14 @@ fn append(data: &mut ReadData, piece: &ReadData, holes: bool) {
 async fn open_here(
     shard: &ShardClient,
     replica: &dyn LocalReplica,
-    id: SessionId,
-    epoch: Epoch,
-    volume: VolumeId,
+    attaching: Attaching,
 ) -> Result<Opened, AttachError> {
-    let command = nbd_store::encode_open_session(id, epoch, volume, shard.access.owner);
+    let Attaching { session, epoch, volume, .. } = attaching;
+    let command = nbd_store::encode_open_session(session, epoch, volume, shard.access.owner);
     match replica.run(command).await {
         Ok(Outcome::SessionOpened) => {
             let (sender, answers) = mpsc::channel(LOCAL_ANSWERS_MAX);
-            Ok(Opened::Local(replica.attach(id, volume, sender), answers))
+            Ok(Opened::Local(replica.attach(attaching, sender), answers))
         }
         Ok(Outcome::Rejected(rejection)) => Err(AttachError::Rejected(rejection)),
         Ok(other) => panic!("{other:?} is not an outcome of opening a session"),

@@ -2,14 +2,12 @@
 //! and the calls that need no session.
 
 use bytes::Bytes;
-use nbd_log::checksum::crc32c;
-use nbd_rpc::{Refusal, reason, v1};
-use nbd_store::{BlockStatus, Extent, Outcome, Rejection, VolumeId, VolumeInfo};
+use nbd_rpc::{reason, v1};
+use nbd_store::{Outcome, Rejection, VolumeId, VolumeInfo};
 use nbd_topology::ShardId;
 use tracing::debug;
 
-use super::{Access, Failed, ReadData};
-use crate::limits::PIECE_BYTES_MAX;
+use super::Access;
 use crate::route::{LeaderAt, RunError};
 
 /// The leader did not answer: it has to be looked for.
@@ -33,12 +31,7 @@ impl From<RunError> for Elsewhere {
     }
 }
 
-/// Why a message of a leader is of no use.
-pub(super) const fn malformed(what: &'static str) -> Refusal {
-    Refusal::Malformed(what)
-}
-
-pub(super) fn target(access: &Access, shard: ShardId) -> v1::ShardTarget {
+fn target(access: &Access, shard: ShardId) -> v1::ShardTarget {
     v1::ShardTarget { cluster: access.cluster.to_string(), shard: shard.0 }
 }
 
@@ -105,15 +98,11 @@ pub(super) async fn list(
 }
 
 fn volume_from(volume: v1::VolumeDescription) -> VolumeInfo {
-    VolumeInfo {
-        id: VolumeId(volume.id),
-        name: volume.name.into(),
-        size: volume.size,
-        description: volume.description.into(),
-    }
+    let v1::VolumeDescription { id, name, size, description } = volume;
+    VolumeInfo::new(VolumeId(id), &name, size, &description)
 }
 
-pub(super) fn rejection_from(rejection: i32) -> Option<Rejection> {
+fn rejection_from(rejection: i32) -> Option<Rejection> {
     Some(match v1::CommandRejection::try_from(rejection).ok()? {
         v1::CommandRejection::Unspecified => return None,
         v1::CommandRejection::UnknownSession => Rejection::UnknownSession,
@@ -122,6 +111,10 @@ pub(super) fn rejection_from(rejection: i32) -> Option<Rejection> {
         v1::CommandRejection::PastEnd => Rejection::PastEnd,
         v1::CommandRejection::LimitReached => Rejection::LimitReached,
         v1::CommandRejection::BadCommand => Rejection::BadCommand,
+        v1::CommandRejection::KeyReused => Rejection::KeyReused,
+        v1::CommandRejection::Attached => Rejection::Attached,
+        v1::CommandRejection::Shrinks => Rejection::Shrinks,
+        v1::CommandRejection::Changed => Rejection::Changed,
     })
 }
 
@@ -135,78 +128,4 @@ fn outcome_from(outcome: v1::CommandOutcome) -> Option<Outcome> {
         Wire::Counter(value) => Outcome::Counter(value),
         Wire::Rejected(rejection) => Outcome::Rejected(rejection_from(rejection)?),
     })
-}
-
-/// The failure in a message; `None` if there is none.
-pub(super) fn failed_from(failed: i32) -> Option<Failed> {
-    match v1::RequestFailure::try_from(failed) {
-        Ok(v1::RequestFailure::Unspecified) => None,
-        Ok(v1::RequestFailure::NoSpace) => Some(Failed::NoSpace),
-        Ok(v1::RequestFailure::Io) | Err(_) => Some(Failed::Io),
-    }
-}
-
-/// A piece of a read, verified.
-pub(super) fn piece_from(piece: &v1::AttachReadPiece) -> Result<ReadData, Refusal> {
-    let found = crc32c(&piece.data);
-    if found != piece.data_crc {
-        let what = "a piece of a read";
-        return Err(Refusal::Checksum { what, found, expected: piece.data_crc });
-    }
-    let total: u64 = piece.runs.iter().map(|run| u64::from(run.length)).sum();
-    if total == 0 || total > PIECE_BYTES_MAX as u64 {
-        return Err(malformed("a piece of a read has 1 byte to 1 MiB"));
-    }
-    let mut out = ReadData::default();
-    let mut rest = &piece.data[..];
-    for run in &piece.runs {
-        let (start, len) = (out.bytes.len(), run.length as usize);
-        if run.zero {
-            out.bytes.resize(start + len, 0);
-        } else {
-            let (bytes, after) = rest
-                .split_at_checked(len)
-                .ok_or(malformed("a piece of a read has fewer bytes than it says"))?;
-            out.bytes.extend_from_slice(bytes);
-            rest = after;
-        }
-        out.runs.push((start..start + len, run.zero));
-    }
-    if !rest.is_empty() {
-        return Err(malformed("a piece of a read has more bytes than it says"));
-    }
-    Ok(out)
-}
-
-pub(super) fn extent_from(extent: &v1::StatusExtent) -> Extent {
-    let status = BlockStatus { hole: extent.hole, zero: extent.zero };
-    Extent { len: extent.length, status }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_piece_gets_its_zeroes_back_and_damage_is_found() {
-        let run = |length, zero| v1::ReadRun { length, zero };
-        let data = Bytes::from(vec![7; 2000]);
-        let mut wire = v1::AttachReadPiece {
-            id: 5,
-            runs: vec![run(1000, false), run(1000, true), run(1000, false)],
-            data_crc: crc32c(&data),
-            data,
-            failed: 0,
-        };
-        let mut bytes = vec![7; 3000];
-        bytes[1000..2000].fill(0);
-        let runs = vec![(0..1000, false), (1000..2000, true), (2000..3000, false)];
-        assert_eq!(piece_from(&wire), Ok(ReadData { bytes, runs }));
-        wire.runs[0].length += 1;
-        assert!(matches!(piece_from(&wire), Err(Refusal::Malformed(_))));
-        wire.runs[0].length -= 2;
-        assert!(matches!(piece_from(&wire), Err(Refusal::Malformed(_))));
-        wire.data_crc ^= 1;
-        assert!(matches!(piece_from(&wire), Err(Refusal::Checksum { .. })));
-    }
 }

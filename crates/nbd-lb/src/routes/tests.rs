@@ -10,7 +10,8 @@ fn place(n: u64) -> Place {
 }
 
 fn place_at(n: u64, grpc: &str) -> Place {
-    Place { replica: id(n), node: format!("n{n}").parse().unwrap(), grpc: grpc.to_owned() }
+    let node = format!("n{n}").parse().unwrap();
+    Place { replica: id(n), node, grpc: grpc.to_owned(), nbd: Some(format!("n{n}:9")) }
 }
 
 /// What replica `n` says in a term: who leads, if anybody.
@@ -40,7 +41,7 @@ fn routes() -> Routes {
 
 /// `leader`, at the address given.
 fn to(term: u64, n: u64, grpc: &str) -> Route {
-    let Place { replica, node, grpc } = place_at(n, grpc);
+    let Place { replica, node, grpc, .. } = place_at(n, grpc);
     let leader = Some(LeaderAt { replica, node, grpc, local: false });
     Route { term: Term(term), leader, serving: false }
 }
@@ -290,4 +291,56 @@ fn a_node_without_a_replica_is_heard() {
     );
     assert_eq!(routes.open_count(), 2);
     assert!(routes.is_open("n1:1") && !routes.is_open("n3:1") && !routes.is_open("x"));
+}
+
+fn configured(n: u64, grpc: &str, nbd: &str) -> ConfiguredNode {
+    let node = format!("n{n}").parse().unwrap();
+    ConfiguredNode { node, grpc: grpc.to_owned(), nbd: nbd.to_owned() }
+}
+
+#[track_caller]
+fn assert_servers(routes: &Routes, configured: &[ConfiguredNode], expected: &[&str]) {
+    let servers = routes.servers(configured);
+    let servers: Vec<_> = servers.iter().map(|at| format!("{} {}", at.node, at.nbd)).collect();
+    assert_eq!(servers, expected);
+}
+
+#[test]
+fn the_leader_serves_first_and_any_member_does() {
+    let mut routes = routes();
+    assert_servers(&routes, &[], &[]);
+    routes.said(&address(2), view(2, 4, Some(3)));
+    assert_servers(&routes, &[], &["n3 n3:9", "n1 n1:9", "n2 n2:9"]);
+    routes.said(&address(1), view(1, 5, Some(1)));
+    assert_servers(&routes, &[], &["n1 n1:9", "n2 n2:9", "n3 n3:9"]);
+    // While nobody is heard of, what was heard last is the best there is.
+    routes.lost(&address(1));
+    routes.lost(&address(2));
+    assert_servers(&routes, &[], &["n1 n1:9", "n2 n2:9", "n3 n3:9"]);
+}
+
+#[test]
+fn what_is_configured_counts_where_the_node_was_met() {
+    let mut routes = Routes::new(["n1:1".to_owned(), "old2:1".to_owned()]);
+    let known = [configured(1, "n1:1", "here1:9"), configured(2, "old2:1", "old2:9")];
+    routes.said("n1:1", view(1, 4, Some(1)));
+    // The second is known from the first alone: at its configured address nobody was met.
+    assert_servers(&routes, &known, &["n1 here1:9", "n1 n1:9", "n2 n2:9", "n3 n3:9"]);
+    // Somebody else was.
+    routes.said("old2:1", view(3, 4, Some(1)));
+    assert_servers(&routes, &known, &["n1 here1:9", "n1 n1:9", "n2 n2:9", "n3 n3:9"]);
+    routes.said("old2:1", view(2, 4, Some(1)));
+    let expected = ["n1 here1:9", "n1 n1:9", "n2 old2:9", "n2 n2:9", "n3 n3:9"];
+    assert_servers(&routes, &known, &expected);
+}
+
+#[test]
+fn a_node_knows_best_where_it_is() {
+    let mut routes = routes();
+    routes.said(&address(1), view(1, 4, Some(1)));
+    let mut moved = view(2, 3, None);
+    moved.members[1].nbd = Some("new2:9".to_owned());
+    moved.members[2].nbd = None;
+    routes.said(&address(2), moved);
+    assert_servers(&routes, &[], &["n1 n1:9", "n2 new2:9", "n2 n2:9", "n3 n3:9"]);
 }

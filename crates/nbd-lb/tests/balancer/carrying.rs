@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_testkit::load::{Finished, Load, LoadOptions, Stall};
-use nbd_testkit::{Cluster, NbdClient, list_exports, require_tools, seed};
+use nbd_testkit::{Cluster, NbdClient, Target, list_exports, require_tools, seed};
 
 use crate::support::{Balancer, cluster, start, toml, wait_until};
 
@@ -25,9 +25,14 @@ fn wait_for(load: &Load, answers: u64) {
 
 /// Stops a load and checks all that it knows: through the load balancer and at each replica.
 fn finish(load: Load, cluster: &mut Cluster, balancer: &Balancer) -> Finished {
+    finish_at(load, cluster, &balancer.target())
+}
+
+/// The same through the load balancer at this address.
+pub(crate) fn finish_at(load: Load, cluster: &mut Cluster, balancer: &Target) -> Finished {
     cluster.wait_until_serving();
     let mut finished = load.stop().unwrap_or_else(|failure| panic!("{failure}"));
-    for target in cluster.targets().into_iter().chain([balancer.target()]) {
+    for target in cluster.targets().into_iter().chain([balancer.clone()]) {
         finished.verify(&target).unwrap_or_else(|failure| panic!("{failure}"));
     }
     finished.check_history().unwrap_or_else(|failure| panic!("{failure}"));
@@ -37,7 +42,7 @@ fn finish(load: Load, cluster: &mut Cluster, balancer: &Balancer) -> Finished {
 
 /// Each client has kept its one connection, got every answer, and stood still for a bounded time.
 #[track_caller]
-fn assert_unharmed(finished: &Finished) {
+pub(crate) fn assert_unharmed(finished: &Finished) {
     assert_eq!((finished.reconnects, finished.lost), (0, 0));
     let longest = finished.stalls.iter().map(Stall::length).max();
     assert!(longest.unwrap_or_default() < STALL_MAX, "{longest:?}");
@@ -92,24 +97,6 @@ fn a_client_waits_while_there_is_no_majority() {
     cluster.at_mut(one).start();
     let mut client = writer.join().unwrap();
     assert_eq!(client.read(0, 4096).unwrap(), [2; 4096]);
-}
-
-#[test]
-fn load_balancers_agree_on_every_name_and_see_each_others_writes() {
-    let cluster = start(Cluster::builder().shards(&[&["a", "b", "c"], &["a", "b", "c"]]));
-    let [one, other] = [(); 2].map(|()| Balancer::of(&toml(&cluster)));
-    for name in ["", "alpha", "beta", "gamma", "delta", "a rather long name with spaces"] {
-        let (mut here, mut there) = (connect(&one, name), connect(&other, name));
-        here.write(4096, name.repeat(512).get(..512).unwrap_or(&"x".repeat(512)).as_bytes())
-            .unwrap();
-        let expected = here.read(4096, 512).unwrap();
-        assert_eq!(there.read(4096, 512).unwrap(), expected, "{name}");
-    }
-    let mut exports = list_exports(one.target().address()).unwrap();
-    exports.sort();
-    let expected = ["a rather long name with spaces", "alpha", "beta", "default", "delta", "gamma"];
-    assert_eq!(exports, expected);
-    assert_eq!(list_exports(other.target().address()).unwrap(), expected);
 }
 
 // Goal: one shard that is down costs the list its own exports, and nothing else.
@@ -181,4 +168,24 @@ fn other_peoples_clients_are_served() {
     wait_until("the copy to be listed", || {
         list_exports(balancer.target().address()).unwrap() == ["copied"]
     });
+}
+
+// Bug: a client that left while its leader stood still kept its place and its memory for ever, once
+// another leader was known before the old one was given up.
+#[test]
+fn a_client_that_leaves_while_its_leader_is_frozen_is_let_go() {
+    let mut cluster = cluster();
+    let balancer = Balancer::of(&toml(&cluster));
+    let mut client = connect(&balancer, "v");
+    client.write(0, &[1; 4096]).unwrap();
+    let leader = cluster.wait_leader();
+    cluster.at_mut(leader).pause();
+    client.send(&nbd_proto::Command::Write { offset: 0, len: 4096 }, &[2; 4096]).unwrap();
+    drop(client);
+    let elsewhere = cluster.at(leader).name().to_owned();
+    balancer.wait_reached_elsewhere(crate::support::SHARD, &elsewhere);
+    wait_until("the client to be let go", || balancer.get("/sessions").json()["total"] == 0);
+    cluster.at_mut(leader).resume();
+    cluster.wait_until_serving();
+    balancer.stop();
 }

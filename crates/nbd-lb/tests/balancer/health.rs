@@ -1,13 +1,8 @@
 //! What an operator sees of it.
 
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
-
 use nbd_testkit::Cluster;
-use nbd_testkit::http;
-use nbd_testkit::process::{Signal, send_signal};
 
+use crate::process::{Process, command};
 use crate::support::{Balancer, cluster, toml, wait_until};
 
 #[test]
@@ -52,46 +47,15 @@ fn health_tells_whether_there_is_a_majority() {
     balancer.stop();
 }
 
-/// A load balancer as a process. Dropping it kills it.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn command() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-lb"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("NBD_")) {
-        command.env_remove(name);
-    }
-    command.stdin(Stdio::null());
-    command
-}
-
 #[test]
 fn the_program_starts_serves_and_stops() {
     let cluster = Cluster::start();
-    // Another process may take it meanwhile; then the start fails, and says so.
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let mut lb = command();
-    lb.arg(format!("--cluster={}", cluster.cluster_file().display()));
-    // Not the default, which a cluster may have that somebody runs beside the tests.
-    lb.args([format!("--http=127.0.0.1:{port}"), "--nbd=127.0.0.1:0".to_owned()]);
-    let mut lb = Process(lb.spawn().unwrap());
-    let get = |path| http::get_within(Duration::from_secs(4), ("127.0.0.1", port), path);
-    wait_until("a load balancer that is ready", || {
-        assert_eq!(lb.0.try_wait().unwrap(), None, "it runs");
-        get("/readyz").is_ok_and(|answer| answer.status == 200)
-    });
-    assert_eq!(get("/health").unwrap().status, 200);
-    let metrics = get("/metrics").unwrap().body;
+    let lb = Process::start(&cluster, &[]);
+    assert_eq!(lb.get("/health").status, 200);
+    let metrics = lb.get("/metrics").body;
     assert!(metrics.contains("lb_shard_reached{shard=\"0\"} 1\n"), "{metrics}");
     assert!(metrics.contains("lb_route_changes_total{shard=\"0\"} "), "{metrics}");
-    send_signal(lb.0.id(), Signal::TERM);
-    assert_eq!(lb.0.wait().unwrap().code(), Some(0));
+    assert_eq!(lb.terminate().code(), Some(0));
 }
 
 #[test]
@@ -106,8 +70,10 @@ fn mistakes_are_told_before_anything_starts() {
     let (code, out, _) = run(&[&file, "--check-config"]);
     assert_eq!(code, Some(0));
     assert!(out.contains("name = \"nbd-1-1\"") && out.contains("0.0.0.0:8080"), "{out}");
-    let (code, _, error) = run(&[&file, "--mode=splice"]);
-    assert_eq!((code, error.as_str()), (Some(64), "error: --mode is splice: allowed is replay\n"));
+    let (code, out, _) = run(&[&file, "--mode=splice", "--check-config"]);
+    assert!(code == Some(0) && out.contains("mode                 splice"), "{out}");
+    let (code, _, error) = run(&[&file, "--mode=copy"]);
+    assert!(code == Some(64) && error.contains("possible values: replay, splice"), "{error}");
     let (code, _, error) = run(&[]);
     assert_eq!(code, Some(64));
     assert_eq!(error, "error: no cluster: give --cluster FILE or set NBD_SHARDS\n");

@@ -11,7 +11,7 @@ use nbd_front::Route;
 use nbd_lb::{Args, Config, LoadBalancer};
 use nbd_service::ClusterConfig;
 use nbd_testkit::http::{self, Response};
-use nbd_testkit::{Cluster, ClusterBuilder, NodeProcess, Target};
+use nbd_testkit::{Cluster, ClusterBuilder, NbdClient, NodeProcess, Target};
 use nbd_topology::ShardId;
 use tokio::runtime::Runtime;
 
@@ -45,8 +45,13 @@ pub(crate) struct Balancer {
 impl Balancer {
     /// Of the cluster that this text describes.
     pub(crate) fn of(cluster: &str) -> Self {
+        Self::with(cluster, &[])
+    }
+
+    /// The same, with these flags.
+    pub(crate) fn with(cluster: &str, flags: &[&str]) -> Self {
         let cluster = ClusterConfig::from_toml(cluster, Path::new("cluster.toml")).unwrap();
-        let flags = ["nbd-lb", "--nbd=127.0.0.1:0", "--http=127.0.0.1:0"];
+        let flags = [&["nbd-lb", "--nbd=127.0.0.1:0", "--http=127.0.0.1:0"], flags].concat();
         let config = Config::new(cluster, Args::parse_from(flags)).unwrap();
         let runtime = Runtime::new().unwrap();
         // Not the process's own: that can be installed once only.
@@ -110,6 +115,11 @@ impl Balancer {
     /// Where clients attach.
     pub(crate) fn target(&self) -> Target {
         Target::lasting("lb", self.balancer().nbd_address().port())
+    }
+
+    /// A client that is attached.
+    pub(crate) fn connect(&self, export: &str) -> NbdClient {
+        NbdClient::connect(self.target().address(), export).unwrap()
     }
 
     pub(crate) fn get(&self, path: &str) -> Response {

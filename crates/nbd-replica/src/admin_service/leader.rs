@@ -1,21 +1,28 @@
 //! Calls about members, at the shard's leader.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use nbd_consensus::{RejectReason, Status};
-use nbd_front::RunError;
+use nbd_front::{LeaderAt, Route, RunError};
 use nbd_rpc::v1;
 use nbd_shard::Answer;
 use nbd_store::{
     Formation, Outcome, Rejection, ReplicaInfo, ReplicaRegistration, encode_register_replica,
+    encode_set_replacement,
 };
 use nbd_topology::{LogIndex, MembershipChange, ReplicaId};
 use tonic::Status as Refused;
 use tracing::info;
 
-use super::rules::{Denied, Promotion, Removal, may_join, may_lead, promotion, removal, successor};
+use super::rules::{
+    Denied, Promotion, Removal, avoided, may_join, may_lead, promotion, removal, successor,
+};
 use crate::formation::info_to_wire;
 use crate::group_task::GroupHandle;
+
+/// Time that a call waits for a leader to be known: an election or two.
+const LEADER_WAIT: Duration = Duration::from_secs(3);
 
 /// Changes that one promotion makes: each dead predecessor, then the promotion.
 const CHANGES_MAX: usize = 8;
@@ -28,8 +35,17 @@ const BUSY_WAIT: Duration = Duration::from_millis(50);
 
 /// The leader's end of a shard.
 #[derive(Debug, Clone)]
-pub(super) struct Leader {
+pub(crate) struct Leader {
     pub(super) group: GroupHandle,
+}
+
+/// What notes a replacement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Replaced {
+    /// The old replica is no member any more.
+    Already,
+    /// Whoever leads removes the old one once the new one votes.
+    Noted,
 }
 
 fn stopped() -> Refused {
@@ -37,6 +53,16 @@ fn stopped() -> Refused {
 }
 
 impl Leader {
+    pub(crate) fn new(group: &GroupHandle) -> Self {
+        Self { group: group.clone() }
+    }
+
+    /// The members on cordoned nodes.
+    pub(crate) fn avoided(&self) -> BTreeSet<ReplicaId> {
+        let reader = self.group.reader();
+        avoided(&reader.replicas(), &reader.cordoned())
+    }
+
     fn me(&self) -> Result<Formation, Refused> {
         let formed = self.group.reader().formation();
         formed.ok_or_else(|| Refused::unavailable("the shard is not formed here yet"))
@@ -76,7 +102,8 @@ impl Leader {
         let me = self.me()?.replica;
         let status = self.status().await?;
         let replicas = self.group.reader().replicas();
-        may_join(&status, &replicas, me, &new).map_err(Denied::into_status)?;
+        let cordoned = self.group.reader().cordoned();
+        may_join(&status, &replicas, me, &new, &cordoned).map_err(Denied::into_status)?;
         let next = ReplicaId::new(self.me()?.next_replica)
             .ok_or_else(|| Refused::internal("there is no id left"))?;
         let command = encode_register_replica(&new, next)
@@ -118,11 +145,44 @@ impl Leader {
         Err(Refused::unavailable("the members keep changing: ask again"))
     }
 
+    /// Refuses to replace a replica that never was one.
+    pub(super) async fn may_replace(&self, old: ReplicaId) -> Result<(), Refused> {
+        let Formation { replica: me, next_replica, .. } = self.me()?;
+        let status = self.status().await?;
+        match removal(&status, me, old, next_replica, &self.avoided()) {
+            // Another one is about to be there.
+            Ok(_) | Err(Denied::LastVoter(_) | Denied::NoSuccessor) => Ok(()),
+            Err(denied) => Err(denied.into_status()),
+        }
+    }
+
+    /// Notes in the log that `new` takes the place of `old`.
+    pub(super) async fn replace(
+        &self,
+        old: ReplicaId,
+        new: ReplicaId,
+    ) -> Result<Replaced, Refused> {
+        if !self.group.reader().membership().contains(old) {
+            return Ok(Replaced::Already);
+        }
+        match self.group.run(encode_set_replacement(old, Some(new))).await {
+            Ok(Outcome::Done) => Ok(Replaced::Noted),
+            Ok(Outcome::Rejected(_)) if !self.group.reader().membership().contains(old) => {
+                Ok(Replaced::Already)
+            }
+            Ok(other) => Err(Refused::internal(format!("noting a replacement gave {other:?}"))),
+            Err(RunError::NotLeader) => Err(not_leader()),
+            Err(error) => Err(Refused::unavailable(error.to_string())),
+        }
+    }
+
     /// Removes a replica.
-    pub(super) async fn remove(&self, replica: ReplicaId) -> Result<(), Refused> {
+    pub(crate) async fn remove(&self, replica: ReplicaId) -> Result<(), Refused> {
         let (Formation { replica: me, next_replica, .. }, status) =
             (self.me()?, self.status().await?);
-        match removal(&status, me, replica, next_replica).map_err(Denied::into_status)? {
+        match removal(&status, me, replica, next_replica, &self.avoided())
+            .map_err(Denied::into_status)?
+        {
             Removal::Done => Ok(()),
             Removal::Remove => self.change(MembershipChange::Remove(replica)).await,
             Removal::HandOver(to) => {
@@ -136,10 +196,13 @@ impl Leader {
     /// Hands leadership over.
     pub(super) async fn transfer(&self, to: Option<ReplicaId>) -> Result<ReplicaId, Refused> {
         let (me, status) = (self.me()?.replica, self.status().await?);
+        let avoided = self.avoided();
         let to = match to {
             Some(to) if to == me => return Ok(to),
-            Some(to) => may_lead(&status, to).map(|()| to),
-            None => successor(&status),
+            Some(to) => {
+                may_lead(&status, &self.group.reader().replicas(), &avoided, to).map(|()| to)
+            }
+            None => successor(&status, &avoided),
         };
         let to = to.map_err(Denied::into_status)?;
         self.group.transfer(to).await.map_err(|_| stopped())?;
@@ -159,7 +222,20 @@ impl Leader {
     }
 }
 
-pub(super) fn not_leader() -> Refused {
+/// Who leads a shard: waits for an election or two if nobody is known to, or if this replica does
+/// and cannot be asked yet.
+pub(crate) async fn find_leader(group: &GroupHandle) -> Result<LeaderAt, Refused> {
+    let mut route = group.route();
+    let known = |route: &Route| route.usable().is_some();
+    match tokio::time::timeout(LEADER_WAIT, route.wait_for(known)).await {
+        Ok(Ok(route)) => route.usable().cloned(),
+        Ok(Err(_)) => return Err(stopped()),
+        Err(_) => None,
+    }
+    .ok_or_else(|| Refused::unavailable(format!("shard {} has no leader just now", group.shard())))
+}
+
+pub(crate) fn not_leader() -> Refused {
     Refused::unavailable("this replica no longer leads the shard: ask again")
 }
 

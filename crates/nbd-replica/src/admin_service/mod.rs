@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_consensus::Role;
-use nbd_front::Route;
 use nbd_rpc::error::Refusal;
 use nbd_rpc::identity::{check_cluster, node_name, replica_id};
 use nbd_rpc::v1::admin_client::AdminClient;
@@ -21,12 +20,11 @@ use nbd_rpc::{v1, within};
 use nbd_store::ReplicaRegistration;
 use nbd_topology::{ReplicaId, ShardId};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
-use tracing::{info, warn};
+use tracing::info;
 
-use self::leader::{Leader, not_leader};
+use self::leader::Replaced;
 use crate::formation::{
     AdminPeers, Founders, Oneself, check_founders, formation_reply, record_to_wire,
     registration_from_wire,
@@ -35,9 +33,12 @@ use crate::group_task::GroupHandle;
 use crate::join::RemovedShards;
 use crate::resync::ResyncProgress;
 use crate::scrub::ScrubState;
+use crate::steward::Nudge;
 
-/// Time that a call waits for a leader to be known: an election or two.
-const LEADER_WAIT: Duration = Duration::from_secs(3);
+pub(crate) use self::leader::{Leader, find_leader, not_leader};
+#[cfg(test)]
+pub(crate) use self::rules::tests::status_at;
+pub(crate) use self::rules::{avoided, relief};
 
 /// Time for an answer of a node that a call is passed on to.
 const FORWARD_DEADLINE: Duration = Duration::from_secs(10);
@@ -45,18 +46,14 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(10);
 /// Time for a node to say who it is.
 const ASK_DEADLINE: Duration = Duration::from_secs(3);
 
-/// Time between looks whether a replacement votes, ...
-const REPLACE_POLL: Duration = Duration::from_millis(500);
-
-/// ... and the longest that they go on: a full copy of several TiB.
-const REPLACE_MAX: Duration = Duration::from_secs(24 * 3600);
-
 /// One shard of the node.
 #[derive(Debug, Clone)]
 pub(crate) struct AdminShard {
     pub(crate) group: GroupHandle,
     pub(crate) founders: Founders,
     pub(crate) resync: watch::Receiver<Option<ResyncProgress>>,
+    /// Has the leader look after what was noted at once.
+    pub(crate) steward: Nudge,
 }
 
 /// What the service is made of.
@@ -67,8 +64,6 @@ pub(crate) struct AdminParts {
     pub(crate) peers: Arc<AdminPeers>,
     pub(crate) removed: RemovedShards,
     pub(crate) scrub: ScrubState,
-    /// Cancelled when the node stops.
-    pub(crate) stop: CancellationToken,
 }
 
 /// Serves [`Admin`].
@@ -95,24 +90,19 @@ impl AdminService {
         Ok(self.parts.shards.get(&shard).ok_or(Refusal::Shard(shard))?)
     }
 
+    /// Has the leader look after what was noted at once.
+    fn nudge(&self, leader: &Leader) {
+        if let Some(shard) = self.parts.shards.get(&leader.group.shard()) {
+            shard.steward.now();
+        }
+    }
+
     /// Finds the leader of the shard that a call is meant for.
     async fn place(&self, to: Option<v1::ShardAddress>) -> Result<Place, Status> {
         let to = to.ok_or(Refusal::Malformed("no address"))?;
         let group = self.shard(&to)?.group.clone();
-        let mut route = group.route();
-        let known = |route: &Route| {
-            route.leader.as_ref().is_some_and(|leader| !leader.local || route.serving)
-        };
-        let found = tokio::time::timeout(LEADER_WAIT, route.wait_for(known)).await;
-        let leader = match found {
-            Ok(Ok(route)) => route.leader.clone(),
-            Ok(Err(_)) => return Err(Status::unavailable("the node is stopping")),
-            Err(_) => None,
-        };
+        let leader = find_leader(&group).await?;
         let shard = to.shard;
-        let Some(leader) = leader else {
-            return Err(Status::unavailable(format!("shard {shard} has no leader just now")));
-        };
         if leader.local {
             return Ok(Place::Here(Leader { group }));
         }
@@ -175,34 +165,46 @@ impl AdminService {
         Ok(leader.join(registration_from_wire(me)?).await?.replica)
     }
 
-    /// Removes `old` once `new` votes, for as long as this node leads.
-    fn replace_later(&self, leader: Leader, old: ReplicaId, new: ReplicaId) {
-        let stop = self.parts.stop.clone();
-        tokio::spawn(async move {
-            let shard = leader.group.shard();
-            let work = async {
-                while !leader.group.reader().membership().is_voter(new) {
-                    tokio::time::sleep(REPLACE_POLL).await;
-                    if !leader.group.route().borrow().serving {
-                        return Err(not_leader());
-                    }
-                }
-                leader.remove(old).await
-            };
-            let done = tokio::select! {
-                () = stop.cancelled() => return,
-                done = tokio::time::timeout(REPLACE_MAX, work) => done,
-            };
-            match done {
-                Ok(Ok(())) => info!(%shard, %old, %new, "replaced"),
-                Ok(Err(status)) => {
-                    let reason = status.message();
-                    warn!(%shard, %old, %new, reason, "not replaced: ask for it again");
-                }
-                Err(_) => warn!(%shard, %old, %new, "not replaced: the new one does not catch up"),
-            }
-        });
+    /// How this node's replica of a shard stands. `None`: it is not hosted here.
+    pub(crate) fn standing(&self, shard: ShardId) -> Option<v1::StatusReply> {
+        self.parts.shards.get(&shard).map(|shard| self.standing_of(shard))
     }
+
+    fn standing_of(&self, shard: &AdminShard) -> v1::StatusReply {
+        let AdminShard { group, resync, .. } = shard;
+        let formation = group.reader().formation();
+        let (status, route) = (group.status(), group.route().borrow().clone());
+        let role = match &formation {
+            _ if self.parts.removed.contains(group.shard()) => WireRole::Removed,
+            None => WireRole::Forming,
+            Some(me) if me.membership.learners().contains(&me.replica) => WireRole::Learner,
+            Some(_) => match status.role {
+                Role::Leader => WireRole::Leader,
+                Role::Follower => WireRole::Follower,
+                Role::Candidate | Role::PreCandidate => WireRole::Candidate,
+            },
+        };
+        let resync = resync.borrow().map(|progress| v1::ResyncStatus {
+            bytes_done: progress.bytes_done,
+            bytes_total: progress.bytes_total,
+            eta_ms: progress.eta.map_or(0, |eta| u64::try_from(eta.as_millis()).unwrap_or(0)),
+        });
+        v1::StatusReply {
+            me: Some(self.parts.oneself.to_wire(formation.map(|me| me.replica))),
+            role: role.into(),
+            term: status.term.0,
+            leader: route.leader.map_or(0, |leader| leader.replica.get()),
+            applied: status.applied.0,
+            committed: status.committed.0,
+            resync,
+            scrub: Some(self.parts.scrub.to_wire()),
+        }
+    }
+}
+
+/// The members of a group, asked of its leader.
+pub(crate) async fn members(group: &GroupHandle) -> Result<v1::MembersReply, Status> {
+    Leader::new(group).members().await
 }
 
 fn optional_id(id: u64) -> Option<ReplicaId> {
@@ -295,12 +297,16 @@ impl Admin for AdminService {
     ) -> Result<Response<v1::ReplaceReplicaReply>, Status> {
         at_leader!(self, request, replace_replica, |leader, message| {
             let old = replica_id(message.replica)?;
+            leader.may_replace(old).await?;
             let new = self.add(&leader, &message.node, &message.grpc).await?;
             if new == old {
                 let text = "a replica is not replaced by itself";
                 return Err(Status::invalid_argument(text));
             }
-            self.replace_later(leader, old, new);
+            if leader.replace(old, new).await? == Replaced::Noted {
+                info!(shard = %leader.group.shard(), %old, %new, "a replica is to be replaced");
+                self.nudge(&leader);
+            }
             v1::ReplaceReplicaReply { replica: new.get() }
         })
     }
@@ -320,33 +326,6 @@ impl Admin for AdminService {
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusReply>, Status> {
         let to = request.into_inner().to.ok_or(Refusal::Malformed("no address"))?;
-        let AdminShard { group, resync, .. } = self.shard(&to)?;
-        let formation = group.reader().formation();
-        let (status, route) = (group.status(), group.route().borrow().clone());
-        let role = match &formation {
-            _ if self.parts.removed.contains(group.shard()) => WireRole::Removed,
-            None => WireRole::Forming,
-            Some(me) if me.membership.learners().contains(&me.replica) => WireRole::Learner,
-            Some(_) => match status.role {
-                Role::Leader => WireRole::Leader,
-                Role::Follower => WireRole::Follower,
-                Role::Candidate | Role::PreCandidate => WireRole::Candidate,
-            },
-        };
-        let resync = resync.borrow().map(|progress| v1::ResyncStatus {
-            bytes_done: progress.bytes_done,
-            bytes_total: progress.bytes_total,
-            eta_ms: progress.eta.map_or(0, |eta| u64::try_from(eta.as_millis()).unwrap_or(0)),
-        });
-        Ok(Response::new(v1::StatusReply {
-            me: Some(self.parts.oneself.to_wire(formation.map(|me| me.replica))),
-            role: role.into(),
-            term: status.term.0,
-            leader: route.leader.map_or(0, |leader| leader.replica.get()),
-            applied: status.applied.0,
-            committed: status.committed.0,
-            resync,
-            scrub: Some(self.parts.scrub.to_wire()),
-        }))
+        Ok(Response::new(self.standing_of(self.shard(&to)?)))
     }
 }

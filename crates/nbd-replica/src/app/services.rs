@@ -12,7 +12,6 @@ use nbd_rpc::v1::chunks_server::ChunksServer;
 use nbd_rpc::v1::session_server::SessionServer;
 use nbd_store::{DamagedChunk, Formation, ShardReader};
 use nbd_topology::ShardId;
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,21 +22,36 @@ use crate::admin_service::{AdminParts, AdminService, AdminShard};
 use crate::checkpoint_thread::CheckpointHandle;
 use crate::chunk_service::{ChunkService, ChunkServiceParts};
 use crate::config::Config;
+use crate::control_service::{self, ControlParts, ControlShard};
 use crate::failure::Failure;
 use crate::formation::{AdminPeers, FormationError, Former, Founders, Oneself};
 use crate::group_task::GroupHandle;
-use crate::hosted::BlockRepair;
+use crate::hosted::{BlockRepair, HostedShard};
+use crate::isolation::{IsolationWatch, WatchedShard};
 use crate::join::{MemberWatch, RemovedShards};
+use crate::node_port::{Callers, NodePort};
 use crate::peers::{Addresses, GroupEvents};
 use crate::repair::{RepairParts, Repairer};
 use crate::resync::{ChunkPeers, ResyncParts, ResyncProgress, Throttle};
 use crate::scrub::{Comparer, ScrubParts, ScrubState, Scrubber};
 use crate::session_service::SessionService;
+use crate::shard_gauges;
+use crate::steward::{Nudge, Steward};
 use crate::transport::{Transport, TransportHandle};
 
 /// Longest wait, when a node stops, for peers to close connections to its gRPC server. A peer that
 /// the network keeps from hearing of it never does.
 const GOODBYE_MAX: Duration = Duration::from_millis(500);
+
+/// What callers of the gRPC server are served with, beside what [`Services`] has.
+pub(super) struct ForCallers {
+    /// Their connections.
+    pub(super) callers: Callers,
+    pub(super) sessions: SessionServer<SessionService>,
+    pub(super) hosted: HashMap<ShardId, HostedShard>,
+    /// This life of the process: nanoseconds since 1970 when it began.
+    pub(super) incarnation: u64,
+}
 
 /// What the shards of a node share beside log and store. Clones are the same.
 #[derive(Clone)]
@@ -192,20 +206,57 @@ impl Services {
         self.spawn(watch.run());
     }
 
+    /// Sees to it that the node ends when its peers do without it, if that is configured; tells
+    /// why.
+    pub(super) fn watch_isolation(
+        &self,
+        config: &Config,
+        resync: &ResyncProgresses,
+    ) -> watch::Receiver<Option<String>> {
+        let (verdict, isolated) = watch::channel(None);
+        let Some(after) = config.isolation_exit else { return isolated };
+        let shard = |group: &GroupHandle| {
+            let (group, resync) = (group.clone(), resync[&group.shard()].clone());
+            WatchedShard { group, resync }
+        };
+        let watch = IsolationWatch {
+            after,
+            shards: self.groups.iter().map(shard).collect(),
+            oneself: Arc::clone(&self.oneself),
+            peers: Arc::clone(&self.admin_peers),
+            addresses: self.addresses.clone(),
+            removed: self.removed.clone(),
+            failure: self.failure.clone(),
+            stop: self.stop.clone(),
+            verdict,
+        };
+        self.spawn(watch.run());
+        isolated
+    }
+
     /// Serves the other nodes, and starts what goes on in the background.
     pub(super) fn serve(
         &self,
-        listener: TcpListener,
+        port: NodePort,
+        callers: ForCallers,
         config: &Config,
-        sessions: SessionServer<SessionService>,
         resync: &ResyncProgresses,
         damaged: mpsc::Receiver<DamagedChunk>,
     ) {
         let scrub = ScrubState::default();
+        let stewards: HashMap<ShardId, Nudge> =
+            self.groups.iter().map(|group| (group.shard(), Nudge::default())).collect();
+        for group in &self.groups {
+            let (node, nudge) = (self.oneself.node.clone(), stewards[&group.shard()].clone());
+            let steward = Steward::new(node, group.clone(), nudge, self.stop.clone());
+            self.spawn(steward.run());
+        }
         let shard = |group: &GroupHandle| {
             let id = group.shard();
             let founders = self.founders[&id].clone();
-            (id, AdminShard { group: group.clone(), founders, resync: resync[&id].clone() })
+            let (group, resync) = (group.clone(), resync[&id].clone());
+            let steward = stewards[&id].clone();
+            (id, AdminShard { group, founders, resync, steward })
         };
         let admin = AdminService::new(AdminParts {
             oneself: Arc::clone(&self.oneself),
@@ -213,7 +264,17 @@ impl Services {
             peers: Arc::clone(&self.admin_peers),
             removed: self.removed.clone(),
             scrub: scrub.clone(),
-            stop: self.stop.clone(),
+        });
+        let hosted = |(id, hosted): (ShardId, HostedShard)| {
+            (id, ControlShard { hosted, steward: stewards[&id].clone() })
+        };
+        let control = control_service::service(ControlParts {
+            oneself: Arc::clone(&self.oneself),
+            shards: callers.hosted.into_iter().map(hosted).collect(),
+            admin: admin.clone(),
+            data_dir: config.data_dir.clone(),
+            started_ms: callers.incarnation / 1_000_000,
+            incarnation: callers.incarnation,
         });
         let readers = self.groups.iter().map(|group| (group.shard(), group.reader().clone()));
         let chunks = ChunkService::new(ChunkServiceParts {
@@ -224,7 +285,8 @@ impl Services {
         });
         let server = nbd_rpc::server()
             .add_service(self.transport.service())
-            .add_service(sessions)
+            .add_service(callers.sessions)
+            .add_service(control)
             .add_service(
                 AdminServer::new(admin)
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -235,10 +297,11 @@ impl Services {
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)
                     .max_encoding_message_size(MESSAGE_BYTES_MAX),
             );
+        self.spawn(port.run(self.stop.clone()));
         let stop = self.stop.clone();
         self.spawn(async move {
             let stopped = stop.clone().cancelled_owned();
-            let served = server.serve_with_incoming_shutdown(nbd_rpc::incoming(listener), stopped);
+            let served = server.serve_with_incoming_shutdown(callers.callers, stopped);
             let late = async {
                 stop.cancelled().await;
                 tokio::time::sleep(GOODBYE_MAX).await;
@@ -262,6 +325,8 @@ impl Services {
             stop: self.stop.clone(),
         });
         self.spawn(scrubber.run());
+        let (groups, data_dir) = (self.groups.clone(), config.data_dir.clone());
+        self.spawn(shard_gauges::watch(groups, data_dir, self.stop.clone()));
     }
 
     /// Stops everything, once no group needs it any more.

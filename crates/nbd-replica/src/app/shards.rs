@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use nbd_consensus::{GroupConfig, limits};
 use nbd_log::log::LogReader;
 use nbd_service::Shutdown;
+use nbd_service::trace::Tracer;
 use nbd_shard::ShardReplica;
 use nbd_store::{Formation, RecoveredShard};
 use nbd_topology::{LogIndex, ShardId};
@@ -36,6 +37,7 @@ pub(super) struct ShardStarter {
     pub(super) failure: Failure,
     pub(super) abandon: CancellationToken,
     pub(super) shutdown: Shutdown,
+    pub(super) tracer: Tracer,
 }
 
 impl ShardStarter {
@@ -144,6 +146,7 @@ impl ShardStarter {
             tick: RAFT_TICK,
             sole_voter,
             abandon: self.abandon.clone(),
+            tracer: self.tracer.clone(),
         })
     }
 }

@@ -8,10 +8,9 @@ use nbd_rpc::error::Refusal;
 use nbd_rpc::v1;
 use nbd_store::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, DIGEST_CHUNKS};
 use nbd_store::{
-    ChunkDigest, ChunkImage, ChunkIndex, ChunkKey, ChunkRun, ChunkStamp, RangeDigest,
-    ShardSnapshot, VolumeId,
+    ChunkDigest, ChunkImage, ChunkIndex, ChunkKey, ChunkRun, ChunkStamp, RangeDigest, VolumeId,
 };
-use nbd_topology::{LogIndex, Membership, Term};
+use nbd_topology::LogIndex;
 
 pub(crate) const fn key_to_wire(key: ChunkKey) -> v1::ChunkKey {
     v1::ChunkKey { volume: key.0.0, chunk: key.1.0 }
@@ -19,40 +18,6 @@ pub(crate) const fn key_to_wire(key: ChunkKey) -> v1::ChunkKey {
 
 pub(crate) const fn key_from_wire(key: v1::ChunkKey) -> ChunkKey {
     (VolumeId(key.volume), ChunkIndex(key.chunk))
-}
-
-pub(crate) fn snapshot_to_wire(snapshot: ShardSnapshot) -> v1::SnapshotReply {
-    let ids = |ids: &std::collections::BTreeSet<nbd_topology::ReplicaId>| {
-        ids.iter().map(|id| id.get()).collect()
-    };
-    v1::SnapshotReply {
-        applied: snapshot.applied.0,
-        applied_term: snapshot.applied_term.0,
-        voters: ids(snapshot.membership.voters()),
-        learners: ids(snapshot.membership.learners()),
-        body_crc: crc32c(&snapshot.body),
-        body: snapshot.body,
-        delta_chunks: 0,
-        delta_bytes: 0,
-    }
-}
-
-pub(crate) fn snapshot_from_wire(reply: v1::SnapshotReply) -> Result<ShardSnapshot, Refusal> {
-    let ids = |ids: Vec<u64>| -> Result<Vec<_>, Refusal> {
-        ids.into_iter().map(nbd_rpc::identity::replica_id).collect()
-    };
-    let (found, expected) = (crc32c(&reply.body), reply.body_crc);
-    if found != expected {
-        return Err(Refusal::Checksum { what: "a snapshot", found, expected });
-    }
-    let membership = Membership::new(ids(reply.voters)?, ids(reply.learners)?)
-        .ok_or(Refusal::Malformed("a replica is voter and learner"))?;
-    Ok(ShardSnapshot {
-        applied: LogIndex(reply.applied),
-        applied_term: Term(reply.applied_term),
-        membership,
-        body: reply.body,
-    })
 }
 
 pub(crate) fn stamp_to_wire(stamp: &ChunkStamp) -> v1::ChunkStamp {
@@ -207,22 +172,5 @@ mod tests {
         assert_eq!(broken(|wire| wire.zero |= 2), Refusal::Content("a chunk"));
         assert!(matches!(broken(|wire| wire.present |= 4), Refusal::Malformed(_)));
         assert!(matches!(broken(|wire| wire.zero = 1 << 16), Refusal::Malformed(_)));
-    }
-
-    #[test]
-    fn a_snapshot_arrives_as_it_left_or_not_at_all() {
-        let ids = |ids: &[u64]| -> Vec<_> {
-            ids.iter().map(|id| nbd_topology::ReplicaId::new(*id).unwrap()).collect()
-        };
-        let snapshot = ShardSnapshot {
-            applied: LogIndex(5),
-            applied_term: Term(2),
-            membership: Membership::new(ids(&[1, 2]), ids(&[4])).unwrap(),
-            body: Bytes::from_static(b"state"),
-        };
-        let wire = snapshot_to_wire(snapshot.clone());
-        assert_eq!(snapshot_from_wire(wire.clone()).unwrap(), snapshot);
-        let damaged = v1::SnapshotReply { body: Bytes::from_static(b"stale"), ..wire };
-        assert!(matches!(snapshot_from_wire(damaged), Err(Refusal::Checksum { .. })));
     }
 }

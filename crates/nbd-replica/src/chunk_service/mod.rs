@@ -5,6 +5,7 @@
 //! chunks never delay heartbeats.
 
 pub(crate) mod convert;
+pub(crate) mod snapshot;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,8 +22,9 @@ use tonic::{Request, Response, Status};
 
 use self::convert::{
     digest_range, digest_to_wire, image_to_wire, key_from_wire, key_to_wire, range_to_wire,
-    run_to_wire, snapshot_to_wire, stamp_to_wire,
+    run_to_wire, stamp_to_wire,
 };
+use self::snapshot::SnapshotMessages;
 use crate::checkpoint_thread::CheckpointHandle;
 
 /// Calls served at a time, over all peers and shards. A peer has one or two under way a shard.
@@ -165,24 +167,23 @@ fn page_size(asked: u32, max: usize) -> usize {
 
 #[tonic::async_trait]
 impl Chunks for ChunkService {
+    type SnapshotStream = tokio_stream::Iter<SnapshotMessages>;
     type FetchStream = ReceiverStream<Result<v1::FetchReply, Status>>;
 
     async fn snapshot(
         &self,
         request: Request<v1::SnapshotRequest>,
-    ) -> Result<Response<v1::SnapshotReply>, Status> {
+    ) -> Result<Response<Self::SnapshotStream>, Status> {
         let v1::SnapshotRequest { to, at_least, since, fresh } = request.into_inner();
         let call = self.admit(to)?;
         let snapshot = self.recent_snapshot(&call, LogIndex(at_least), fresh).await?;
         let (reader, permit) = (call.reader, call.permit);
-        let (chunks, bytes) = blocking(move || {
-            let _permit = permit;
-            measure(&reader, LogIndex(since))
+        let messages = blocking(move || {
+            let delta = measure(&reader, LogIndex(since))?;
+            Ok(SnapshotMessages::new(snapshot, delta, Some(permit)))
         })
         .await?;
-        let mut reply = snapshot_to_wire(snapshot);
-        (reply.delta_chunks, reply.delta_bytes) = (chunks, bytes);
-        Ok(Response::new(reply))
+        Ok(Response::new(tokio_stream::iter(messages)))
     }
 
     async fn manifest(

@@ -133,6 +133,7 @@ mod loopback {
     use crate::group_task::{self, GroupKeeper, GroupMailbox};
     use crate::join::RemovedShards;
     use crate::scrub::ScrubState;
+    use crate::steward::Nudge;
 
     const SHARD: ShardId = ShardId(0);
 
@@ -185,14 +186,14 @@ mod loopback {
                 addresses: ReplicaAddresses { grpc, ..Default::default() },
             });
             let resync = tokio::sync::watch::channel(None).1;
-            let shard = AdminShard { group, founders: founders.clone(), resync };
+            let (founders, steward) = (founders.clone(), Nudge::default());
+            let shard = AdminShard { group, founders, resync, steward };
             let service = AdminService::new(AdminParts {
                 oneself: Arc::clone(&oneself),
                 shards: HashMap::from([(SHARD, shard)]),
                 peers: Arc::clone(&peers),
                 removed: RemovedShards::default(),
                 scrub: ScrubState::default(),
-                stop: stop.clone(),
             });
             let server = nbd_rpc::server().add_service(AdminServer::new(service));
             tokio::spawn(server.serve_with_incoming(nbd_rpc::incoming(listener)));
@@ -201,7 +202,7 @@ mod loopback {
                 former,
                 reader,
                 checkpoints,
-                thread: Some(thread.spawn().unwrap()),
+                thread: Some(thread.spawn(&"node".parse().unwrap()).unwrap()),
                 _group: (keeper, mailbox),
                 _lock: lock,
             }

@@ -7,12 +7,10 @@
 //! what was in flight is never applied late or twice.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::{counter, gauge};
 use nbd_store::{Epoch, Outcome, SessionId, SessionInfo, encode_close_session};
-use parking_lot::Mutex;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
@@ -23,46 +21,6 @@ const LOOK_MAX: Duration = Duration::from_secs(60);
 
 /// Looks within the time after which a session expires.
 const LOOKS: u32 = 8;
-
-/// The sessions that are attached to this node's replica of a shard, as to the leader. Clones are
-/// the same.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct AttachedSessions {
-    /// How many attachments each has: an old one may not have noticed yet that there is a new one.
-    counts: Arc<Mutex<HashMap<SessionId, usize>>>,
-}
-
-impl AttachedSessions {
-    /// Counts the session as attached for as long as the token lives.
-    pub(crate) fn enter(&self, session: SessionId) -> Presence {
-        *self.counts.lock().entry(session).or_default() += 1;
-        Presence { attached: self.clone(), session }
-    }
-
-    /// Whether anything is attached for it.
-    pub(crate) fn contains(&self, session: SessionId) -> bool {
-        self.counts.lock().contains_key(&session)
-    }
-}
-
-/// One attachment of a session.
-#[derive(Debug)]
-pub(crate) struct Presence {
-    attached: AttachedSessions,
-    session: SessionId,
-}
-
-impl Drop for Presence {
-    fn drop(&mut self) {
-        let mut counts = self.attached.counts.lock();
-        if let Some(count) = counts.get_mut(&self.session) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.session);
-            }
-        }
-    }
-}
 
 /// Since when sessions have been seen without an attachment, and at which epoch.
 #[derive(Debug, Default)]
@@ -169,15 +127,5 @@ mod tests {
         assert_eq!(absent.look(start + EXPIRY, EXPIRY, &[session(1, 2)], |_| false), []);
         let due = absent.look(start + 2 * EXPIRY, EXPIRY, &[session(1, 2)], |_| false);
         assert_eq!(due, [(SessionId(1), Epoch(2))]);
-    }
-
-    #[test]
-    fn a_session_is_attached_as_long_as_any_attachment_lives() {
-        let attached = AttachedSessions::default();
-        let (old, new) = (attached.enter(SessionId(1)), attached.enter(SessionId(1)));
-        drop(old);
-        assert!(attached.contains(SessionId(1)));
-        drop(new);
-        assert!(!attached.contains(SessionId(1)));
     }
 }

@@ -1,11 +1,13 @@
 //! The replicas that this node hosts, as front ends use them: this node's own, and, by way of
 //! `session_service`, those of others.
 //!
-//! - [`session`]: one attached session.
+//! - [`session`]: one attached session. [`attachments`]: all of them, whom they are for and what
+//!   they move.
 //! - [`read`]: reads under the leader's lease or behind a barrier. [`room`]: room on its disk.
 //! - [`expiry`]: the end of sessions whose front end never comes back.
 //! - This file: [`HostedShard`], for commands and look-ups that need no session.
 
+mod attachments;
 mod expiry;
 pub(crate) mod read;
 mod room;
@@ -16,17 +18,24 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use metrics::{Counter, counter};
-use nbd_front::{Access, Answered, Boxed, LocalAttachment, LocalReplica, RunError, ShardClient};
+use nbd_front::{
+    Access, Answered, Attaching, Boxed, LocalAttachment, LocalReplica, RunError, ShardClient,
+};
 use nbd_service::Shutdown;
-use nbd_store::{Outcome, SessionId, VolumeId, VolumeInfo};
+use nbd_service::trace::Tracer;
+use nbd_store::{Outcome, VolumeInfo};
 use tokio::sync::mpsc;
 
 use crate::group_task::GroupHandle;
+use crate::metrics::ReplyMetrics;
 
-pub(crate) use expiry::{AttachedSessions, expire_sessions};
+pub(crate) use attachments::{
+    Attachment, Attachments, Moved, Underway, VolumesMoved, end_attachments,
+};
+pub(crate) use expiry::expire_sessions;
 pub(crate) use read::{BlockRepair, Fetched};
 pub(crate) use room::Room;
-pub(crate) use session::HostedSession;
+pub(crate) use session::{HostedSession, lead_query};
 
 /// What all shards of this node share for their front ends.
 #[derive(Debug)]
@@ -35,6 +44,8 @@ pub(crate) struct Hosting {
     pub(crate) repair: Arc<dyn BlockRepair>,
     pub(crate) shutdown: Shutdown,
     pub(crate) corrupt: CorruptReads,
+    pub(crate) tracer: Tracer,
+    pub(crate) replies: ReplyMetrics,
 }
 
 /// Counts reads that met a damaged block.
@@ -62,7 +73,7 @@ impl CorruptReads {
 pub(crate) struct HostedShard {
     pub(crate) group: GroupHandle,
     /// The sessions attached to it while it leads.
-    pub(crate) attached: AttachedSessions,
+    pub(crate) attached: Attachments,
     pub(crate) hosting: Arc<Hosting>,
 }
 
@@ -74,7 +85,7 @@ impl HostedShard {
     }
 
     /// Looks something up in this replica's memory, as its leader.
-    async fn look<T>(&self, look: impl Fn() -> T) -> Result<T, RunError> {
+    pub(crate) async fn look<T>(&self, look: impl Fn() -> T) -> Result<T, RunError> {
         if let Some(permit) = self.group.read_permit() {
             let found = look();
             if permit.holds() {
@@ -111,10 +122,9 @@ impl LocalReplica for HostedShard {
 
     fn attach(
         &self,
-        session: SessionId,
-        volume: VolumeId,
+        session: Attaching,
         answers: mpsc::Sender<Answered>,
     ) -> Box<dyn LocalAttachment> {
-        Box::new(HostedSession::new(self.clone(), session, volume, answers))
+        Box::new(HostedSession::new(self.clone(), session, answers))
     }
 }

@@ -8,7 +8,10 @@ use std::ops::Range;
 use std::pin::Pin;
 
 use bytes::Bytes;
-use nbd_front::{Failed, QueryData, ReadData, RunError};
+use nbd_consensus::Timestamp;
+use nbd_front::{QueryData, ReadBuffer, ReadData, RunError};
+use nbd_relay::Failed;
+use nbd_service::trace::{Context, Kind, Span};
 use nbd_session::Query;
 use nbd_store::limits::BLOCK_BYTES;
 use nbd_store::{ReadError, ReadPlan, Segment, ShardReader, VolumeId};
@@ -54,16 +57,25 @@ pub(crate) struct Question {
     pub(crate) shard: HostedShard,
     pub(crate) volume: VolumeId,
     pub(crate) query: Query,
+    /// The leader's part of its trace, if it is traced.
+    pub(crate) trace: Option<Context>,
 }
 
 impl Question {
+    /// A part of its trace.
+    fn span(&self, name: &'static str) -> Option<Span> {
+        self.shard.hosting.tracer.child_of(self.trace?, name, Kind::Internal)
+    }
+
     /// Answers under the lease, or behind a barrier if there is none.
     pub(crate) async fn answer(self) -> Result<QueryData, QueryError> {
         let mut repaired = Repaired::new();
         loop {
             let permit = self.shard.group.read_permit();
             if permit.is_none() {
+                let span = self.span("barrier");
                 self.shard.group.barrier().await?;
+                drop(span);
             }
             let looked = self.clone().look_elsewhere(repaired.clone()).await;
             if permit.is_some_and(|permit| !permit.holds()) {
@@ -79,6 +91,7 @@ impl Question {
     }
 
     async fn look_elsewhere(self, repaired: Repaired) -> Result<QueryData, ReadError> {
+        let _span = self.span("disk");
         match tokio::task::spawn_blocking(move || self.look(&repaired)).await {
             Ok(looked) => looked,
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
@@ -88,13 +101,20 @@ impl Question {
     /// Answers on this thread, which may block, if all goes well under `permit`. `None`: see
     /// [`Question::answer`].
     pub(super) fn answer_blocking(&self, permit: &ReadPermit) -> Option<QueryData> {
+        let span = self.span("disk");
         let looked = self.look(&Repaired::new());
+        drop(span);
         looked.ok().filter(|_| permit.holds())
     }
 
     /// Fetches a good copy of the block that made a read fail.
     async fn repair(&self, error: &ReadError, repaired: &mut Repaired) -> Result<(), QueryError> {
-        let failed = QueryError::Failed(Failed::Io);
+        let failed = QueryError::Failed(match error {
+            // Not the disk's fault: the volume was changed since the client attached.
+            ReadError::PastEnd => return Err(QueryError::Failed(Failed::PastEnd)),
+            ReadError::UnknownVolume => return Err(QueryError::Failed(Failed::Gone)),
+            _ => Failed::Io,
+        });
         if let ReadError::Corrupt { volume, block, crc, .. } = error {
             self.shard.hosting.corrupt.increment();
             if let Some(crc) = *crc
@@ -130,6 +150,28 @@ impl Question {
     }
 }
 
+/// Reads `(offset, length)` into `data` at once: if this replica may answer alone, and can without
+/// waiting for the disk. Gives the times between which it did. Otherwise `None`, with anything in
+/// `data`.
+pub(crate) fn read_cached(
+    shard: &HostedShard,
+    volume: VolumeId,
+    (offset, len): (u64, u64),
+    holes: bool,
+    data: &mut ReadBuffer,
+) -> Option<(Timestamp, Timestamp)> {
+    let permit = shard.group.read_permit()?;
+    // What cannot be read is looked at again, by the book, on the blocking pool.
+    let mut plan = shard.group.reader().resolve(volume, offset, len).ok()?;
+    data.bytes.resize(plan.len(), 0);
+    if !matches!(plan.try_read_cached(&mut data.bytes), Ok(true)) {
+        return None;
+    }
+    let now = permit.still()?;
+    data.runs = runs(&plan, holes);
+    Some((permit.since(), now))
+}
+
 /// Reads a range, waiting for the disk. A block that fails its checksum is looked up and read once
 /// more: it may have moved in between.
 fn read_blocking(
@@ -148,7 +190,7 @@ fn read_blocking(
         plan.read_blocking(&mut bytes)?;
     }
     let runs = runs(&plan, holes);
-    Ok(ReadData { bytes, runs })
+    Ok(ReadData { bytes: bytes.into(), runs })
 }
 
 /// Reads a range with some blocks given: one run of bytes.
@@ -178,11 +220,11 @@ fn read_around(
         at = next.min(end);
     }
     let whole = 0..bytes.len();
-    Ok(ReadData { bytes, runs: vec![(whole, false)] })
+    Ok(ReadData { bytes: bytes.into(), runs: vec![(whole, false)] })
 }
 
 /// The runs of a plan that was read; `true` for zeroes. One run of bytes if holes are not wanted.
-pub(super) fn runs(plan: &ReadPlan, holes: bool) -> Vec<(Range<usize>, bool)> {
+fn runs(plan: &ReadPlan, holes: bool) -> Vec<(Range<usize>, bool)> {
     if holes {
         plan.segments().map(|(run, segment)| (run, segment == Segment::Zero)).collect()
     } else {

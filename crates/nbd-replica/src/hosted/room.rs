@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use nbd_front::Failed;
+use nbd_relay::Failed;
 use nbd_store::{
-    Admission, AdmissionKind, CommandHeader, CommandKind, ShardReader, SpaceGauge, SpaceGrant,
+    Admission, AdmissionKind, CommandHeader, CommandKind, ReadError, ShardReader, SpaceGauge,
+    SpaceGrant, VolumeId,
 };
 use tracing::error;
 
@@ -43,7 +44,17 @@ impl Room {
         header: &CommandHeader,
     ) -> Result<SpaceGrant, Failed> {
         let (volume, offset, len) = (header.volume, header.offset, header.length);
-        let kind = admission_kind(header);
+        self.look_for(reader, volume, (offset, len), admission_kind(header)).await
+    }
+
+    /// The same for a change of `len` bytes at `offset`, however it is brought about.
+    pub(crate) async fn look_for(
+        &self,
+        reader: &ShardReader,
+        volume: VolumeId,
+        (offset, len): (u64, u64),
+        kind: AdmissionKind,
+    ) -> Result<SpaceGrant, Failed> {
         for attempt in 0..=SPACE_ATTEMPTS_MAX {
             let reader = reader.clone();
             let look = move || reader.admit(volume, offset, len, kind);
@@ -53,6 +64,9 @@ impl Room {
                 Ok(Ok(Admission::NoSpace | Admission::NeedCheckpoint)) => {
                     self.checkpoints.attempt().await;
                 }
+                // The log would say the same.
+                Ok(Err(ReadError::PastEnd)) => return Err(Failed::PastEnd),
+                Ok(Err(ReadError::UnknownVolume)) => return Err(Failed::Gone),
                 Ok(Err(error)) => {
                     error!(%error, "cannot look for room");
                     return Err(Failed::Io);

@@ -65,7 +65,7 @@ pub(crate) struct Total {
 /// | --- | --- | --- |
 /// | `resync_received_bytes_total` | | data of chunks that came from peers to catch up |
 /// | `resync_chunks_total` | | the same in chunks |
-/// | `resync_bytes_done`, `resync_bytes_total` | `shard` | of the resync under way, else 0 |
+/// | `resync_done_bytes`, `resync_size_bytes` | `shard` | of the resync under way, else 0 |
 /// | `resync_eta_seconds` | `shard` | estimated time until it is done, else 0 |
 struct ResyncMetrics {
     received: Counter,
@@ -93,8 +93,8 @@ impl Meter {
         let metrics = ResyncMetrics {
             received: counter!("resync_received_bytes_total"),
             chunks: counter!("resync_chunks_total"),
-            done: gauge!("resync_bytes_done", "shard" => label.clone()),
-            total: gauge!("resync_bytes_total", "shard" => label.clone()),
+            done: gauge!("resync_done_bytes", "shard" => label.clone()),
+            total: gauge!("resync_size_bytes", "shard" => label.clone()),
             eta: gauge!("resync_eta_seconds", "shard" => label),
         };
         let now = Instant::now();

@@ -11,22 +11,24 @@ use nbd_store::{
     ChunkImage, ChunkIndex, ChunkKey, ManifestPage, RangeDigest, ShardSnapshot, VolumeId,
 };
 use nbd_topology::{ClusterName, LogIndex, ReplicaId, ShardId};
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
 use crate::chunk_service::convert::{
     digest_from_wire, image_from_wire, is_block, key_from_wire, key_to_wire, range_from_wire,
-    run_from_wire, snapshot_from_wire, stamp_from_wire,
+    run_from_wire, stamp_from_wire,
 };
+use crate::chunk_service::snapshot::ArrivingSnapshot;
 use crate::chunk_service::{BLOCKS_MAX, DIGEST_RANGES_MAX, DigestsAt, MANIFEST_CHUNKS_MAX};
 
 /// Time for an answer to a call that looks up one page. A source on a busy disk takes some 100 ms.
 const CALL_DEADLINE: Duration = Duration::from_secs(15);
 
-/// Time for a snapshot: the source may take a checkpoint first, and measures what changed.
+/// Time until a snapshot begins: the source may take a checkpoint first, and measures what changed.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Silence after which a fetch is given up.
+/// Silence after which a fetch, or a snapshot that has begun, is given up.
 pub(crate) const FETCH_STALL: Duration = Duration::from_secs(15);
 
 /// Connections for chunks, one to each peer, apart from those of the Raft transport.
@@ -100,9 +102,20 @@ impl ChunkSource {
         let (at_least, since) = (at_least.0, since.0);
         let request = v1::SnapshotRequest { to: self.address(), at_least, since, fresh };
         let request = within(SNAPSHOT_DEADLINE, request);
-        let reply = self.client.clone().snapshot(request).await?.into_inner();
-        let bytes = reply.delta_bytes;
-        Ok((snapshot_from_wire(reply)?, bytes))
+        // The deadline is one for the call to begin: how long a body takes depends on its length.
+        let messages = self.client.clone().snapshot(request).await?.into_inner();
+        receive_snapshot(messages, FETCH_STALL).await
+    }
+
+    /// Waits until the source's checkpoint covers the entry `applied`.
+    pub(crate) async fn cover(&self, applied: LogIndex) -> Result<(), SourceError> {
+        let (at_least, since) = (applied.0, applied.0);
+        let request = v1::SnapshotRequest { to: self.address(), at_least, since, fresh: false };
+        let request = within(SNAPSHOT_DEADLINE, request);
+        // It begins once that is so; what follows is not of interest.
+        let mut messages = self.client.clone().snapshot(request).await?.into_inner();
+        let first = messages.message().await?;
+        first.map(drop).ok_or_else(|| Refusal::Malformed("a snapshot without a head").into())
     }
 
     /// A page of the manifest.
@@ -213,6 +226,23 @@ impl ChunkSource {
 
 fn stalled() -> Status {
     Status::deadline_exceeded("the source sends nothing")
+}
+
+/// Takes a snapshot in, and the bytes in chunks that changed, unless `stall` passes in silence.
+pub(super) async fn receive_snapshot(
+    mut messages: impl Stream<Item = Result<v1::SnapshotReply, Status>> + Unpin,
+    stall: Duration,
+) -> Result<(ShardSnapshot, u64), SourceError> {
+    let mut next = async || {
+        let message = tokio::time::timeout(stall, messages.next()).await;
+        message.map_err(|_| stalled())?.transpose()
+    };
+    let first = next().await?.ok_or(Refusal::Malformed("a snapshot without a head"))?;
+    let mut arriving = ArrivingSnapshot::begin(first)?;
+    while let Some(message) = next().await? {
+        arriving.take(message)?;
+    }
+    Ok(arriving.finish()?)
 }
 
 /// Chunks under way.

@@ -9,7 +9,9 @@ use bytes::Bytes;
 use nbd_log::checksum::crc32c;
 use nbd_log::io::MemoryDisk;
 use nbd_log::log::{EntryKind, EntryRecord, HardState, LogPosition, LogWriter, Record};
+use nbd_rpc::v1;
 use nbd_rpc::v1::chunks_server::ChunksServer;
+use nbd_rpc::v1::snapshot_reply::Part;
 use nbd_store::{
     Applied, DamagedChunk, Epoch, Formation, NodeStore, Outcome, Owner, ReplicaAddresses,
     SessionId, ShardWriter, StoreOptions, VolumeId, encode_create_volume, encode_open_session,
@@ -17,13 +19,18 @@ use nbd_store::{
 };
 use nbd_topology::{LogIndex, Membership, ReplicaId, ShardId, Term};
 use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use super::driver::Ended;
-use super::source::SourceError;
+use super::source::{SourceError, receive_snapshot};
 use super::*;
 use crate::checkpoint_thread::{CheckpointHandle, CheckpointThread, DAMAGED_MAX};
+use crate::chunk_service::snapshot::{
+    BODY_BYTES_MAX, PIECE_BYTES_MAX, SESSION_RECORD_BYTES_MAX, SnapshotMessages,
+    VOLUME_RECORD_BYTES_MAX,
+};
 use crate::chunk_service::{ChunkService, ChunkServiceParts};
 use crate::failure::Failure;
 use crate::repair::{RepairParts, Repairer};
@@ -102,7 +109,7 @@ impl Node {
             log,
             writer: shard.writer,
             reader: shard.reader,
-            thread: Some(thread.spawn().unwrap()),
+            thread: Some(thread.spawn(&"node".parse().unwrap()).unwrap()),
             checkpoints,
             damaged: (sender, Some(receiver)),
             failure,
@@ -334,6 +341,159 @@ async fn a_new_offer_of_another_leader_takes_over_at_once() {
     });
     assert_eq!(resync(&driver, dead_end).await, 100 * CHUNK);
     assert!(receiver.content(volume) == source.content(volume));
+}
+
+/// A volume whose record is as large as one can be.
+fn largest_volume(n: u64) -> Bytes {
+    let label = |at: usize| (format!("{at:0>63}"), "v".repeat(255));
+    let volume = nbd_store::NewVolume {
+        name: &format!("{n:0>4096}"),
+        size: CHUNK,
+        description: &"d".repeat(4096),
+        labels: &(0..64).map(label).collect(),
+        key: Some(1 + u128::from(n)),
+        now_ms: 5,
+    };
+    nbd_store::encode_new_volume(&volume).unwrap()
+}
+
+// Goal: the body of a snapshot may be larger than any message between nodes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_catalogue_larger_than_a_message_arrives() {
+    let (mut source, receiver) = (Node::new(1), Node::new(2));
+    let volume = source.create_volume();
+    for n in 0..200 {
+        let outcomes = source.apply(&largest_volume(n));
+        assert!(matches!(&outcomes[..], [Outcome::VolumeCreated(_)]), "{outcomes:?}");
+    }
+    source.write(volume, 0..3, 0);
+    let (address, _stop) = source.serve().await;
+    let offer = source.offer(1, address).await;
+    assert!(source.reader.snapshot().unwrap().body.len() > nbd_rpc::MESSAGE_BYTES_MAX);
+    let (driver, _) = receiver.driver(0);
+    assert_eq!(resync(&driver, offer).await, 3 * CHUNK);
+    assert_eq!(receiver.reader.volumes(), source.reader.volumes());
+    assert_eq!(receiver.reader.volumes().len(), 201);
+    assert!(receiver.content(volume) == source.content(volume));
+}
+
+// Goal: the bound that a receiver keeps is no smaller than what a shard can come to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_bound_of_a_snapshot_is_that_of_a_shard() {
+    let mut node = Node::new(1);
+    let body_bytes = async |node: &Node| {
+        node.checkpoints.attempt().await;
+        node.reader.snapshot().unwrap().body.len()
+    };
+    let volume = node.create_volume();
+    let with_one = body_bytes(&node).await;
+    node.apply(&largest_volume(0));
+    let with_two = body_bytes(&node).await;
+    assert_eq!(with_two - with_one, VOLUME_RECORD_BYTES_MAX);
+    for _ in 0..256 {
+        node.seq += 1;
+        let trim = encode_trim(SESSION, Epoch::FIRST, node.seq, volume, VOLUME_BYTES, CHUNK);
+        assert!(matches!(node.apply(&trim)[..], [Outcome::Rejected(_)]));
+    }
+    let rejections = body_bytes(&node).await - with_two;
+    assert_eq!(rejections + SESSION_EMPTY_BYTES, SESSION_RECORD_BYTES_MAX);
+}
+
+/// Silence that no test meets unless it means to.
+const STALL: Duration = Duration::from_secs(10);
+
+/// A session that has seen nothing, in a snapshot.
+const SESSION_EMPTY_BYTES: usize = 92;
+
+/// The messages that a source sends for a body like this.
+fn snapshot_messages(body: Bytes) -> Vec<v1::SnapshotReply> {
+    let snapshot = ShardSnapshot {
+        applied: LogIndex(5),
+        applied_term: TERM,
+        membership: Membership::new([id(1), id(2)], [id(4)]).unwrap(),
+        body,
+    };
+    SnapshotMessages::new(snapshot, (3, 4), None).map(Result::unwrap).collect()
+}
+
+async fn received(
+    messages: impl IntoIterator<Item = v1::SnapshotReply>,
+) -> Result<(ShardSnapshot, u64), SourceError> {
+    let messages: Vec<_> = messages.into_iter().map(Ok).collect();
+    receive_snapshot(tokio_stream::iter(messages), STALL).await
+}
+
+fn piece(bytes: impl Into<Bytes>) -> v1::SnapshotReply {
+    v1::SnapshotReply { part: Some(Part::Piece(bytes.into())) }
+}
+
+#[tokio::test]
+async fn a_snapshot_arrives_as_it_left() {
+    for len in [0, 1, PIECE_BYTES_MAX, PIECE_BYTES_MAX + 1, 5 * PIECE_BYTES_MAX] {
+        let body: Bytes = (0..len).map(|at| at.to_le_bytes()[0]).collect();
+        let messages = snapshot_messages(body.clone());
+        assert_eq!(messages.len(), 1 + len.div_ceil(PIECE_BYTES_MAX));
+        let (snapshot, delta) = received(messages).await.unwrap();
+        assert!(snapshot.body == body && delta == 4);
+        let at = (snapshot.applied, snapshot.applied_term);
+        assert_eq!(at, (LogIndex(5), TERM));
+        assert_eq!(snapshot.membership, Membership::new([id(1), id(2)], [id(4)]).unwrap());
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_not_as_announced_is_refused() {
+    let body = Bytes::from(vec![7; 2 * PIECE_BYTES_MAX + 9]);
+    let whole = snapshot_messages(body.clone());
+    let refusal = async |messages: Vec<v1::SnapshotReply>| match received(messages).await {
+        Err(SourceError::Answer(refusal)) => refusal.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let with_head = |change: fn(&mut v1::SnapshotHead)| {
+        let mut messages = whole.clone();
+        let Some(Part::Head(head)) = &mut messages[0].part else { panic!("no head") };
+        change(head);
+        messages
+    };
+
+    let huge = with_head(|head| head.body_bytes = BODY_BYTES_MAX as u64 + 1);
+    assert!(refusal(huge).await.contains("larger than any shard's"));
+    // Nothing is set aside on the source's word, which is all there is here.
+    let boast = with_head(|head| head.body_bytes = BODY_BYTES_MAX as u64);
+    assert!(refusal(boast).await.contains("shorter than announced"));
+    assert!(refusal(whole[..3].to_vec()).await.contains("shorter than announced"));
+    let more = [&whole[..], &[piece("x")]].concat();
+    assert!(refusal(more).await.contains("longer than announced"));
+    let fewer = with_head(|head| head.body_bytes -= 1);
+    assert!(refusal(fewer).await.contains("longer than announced"));
+
+    assert!(refusal(Vec::new()).await.contains("without a head"));
+    assert!(refusal(whole[1..].to_vec()).await.contains("does not begin"));
+    let twice = [&whole[..1], &whole[..1]].concat();
+    assert!(refusal(twice).await.contains("no piece"));
+    let nothing = [&whole[..1], &[piece("")]].concat();
+    assert!(refusal(nothing).await.contains("1 byte to 1 MiB"));
+    let long = [&whole[..1], &[piece(body.slice(..=PIECE_BYTES_MAX))]].concat();
+    assert!(refusal(long).await.contains("1 byte to 1 MiB"));
+    let damaged = [&whole[..3], &[piece("damaged !")]].concat();
+    assert!(refusal(damaged).await.contains("damaged on the way"));
+    let both = with_head(|head| head.learners = vec![1]);
+    assert!(refusal(both).await.contains("voter and learner"));
+}
+
+#[tokio::test]
+async fn a_snapshot_that_breaks_off_or_stalls_is_given_up() {
+    let mut messages: Vec<_> =
+        snapshot_messages(Bytes::from(vec![7; PIECE_BYTES_MAX + 1])).into_iter().map(Ok).collect();
+    messages[2] = Err(tonic::Status::unavailable("gone"));
+    let broken = receive_snapshot(tokio_stream::iter(messages.clone()), STALL).await.unwrap_err();
+    assert!(matches!(broken, SourceError::Call(status) if status.code() == Code::Unavailable));
+    messages.pop();
+    let silent = tokio_stream::iter(messages).chain(tokio_stream::pending());
+    let stalled = receive_snapshot(silent, Duration::from_millis(20)).await.unwrap_err();
+    assert!(
+        matches!(stalled, SourceError::Call(status) if status.code() == Code::DeadlineExceeded)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,50 +1,38 @@
 //! The leader's side of what other nodes forward: the gRPC service `Session`.
 //!
-//! Everything a peer says is checked before it counts: that it means this cluster and a shard that
-//! is here, that lengths are within their bounds, that commands are whole and every piece of a
-//! payload has its checksum.
+//! What belongs to an attached session comes over a relay instead: `relay_service`.
 //!
-//! - [`attach`]: one session's stream. [`watch`]: who follows a shard. [`wire`]: between the types
-//!   here and those of the protocol.
+//! Everything a peer says is checked before it counts: that it means this cluster and a shard that
+//! is here, and that a command is one that may come this way.
+//!
+//! - [`watch`]: who follows a shard. [`wire`]: between the types here and those of the protocol.
 //! - This file: the calls, and the checks that they share.
 
-mod attach;
-#[cfg(test)]
-mod tests;
 mod watch;
 mod wire;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use nbd_front::{ByteBudget, RunError};
+use nbd_front::RunError;
 use nbd_rpc::identity::check_cluster;
 use nbd_rpc::v1::session_server::{Session, SessionServer};
 use nbd_rpc::{MESSAGE_BYTES_MAX, Refusal, v1};
-use nbd_store::{CommandKind, VolumeInfo, decode_all};
+use nbd_store::{CommandKind, VolumeId, VolumeInfo, decode_all};
 use nbd_topology::{ClusterName, ShardId};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status};
 
 use self::watch::{VIEWS_MAX, WATCHERS_MAX, Watcher};
 use crate::hosted::HostedShard;
 use crate::peers::Addresses;
 
-/// Sessions of other nodes that may be attached here. Each costs a few KiB while it is idle.
-const ATTACHMENTS_MAX: usize = 16_384;
-
-/// Bytes of requests that all sessions attached from other nodes may hold here together. Apart from
-/// the budget of this node's own clients: theirs may be waiting for the other node's, and would
-/// wait for ever if it was waiting for them. 64 MiB keep two nodes' worth of writes in the log's
-/// pipe.
-const BYTES_MAX: u64 = 64 << 20;
-
-/// Messages that wait for a slow caller, 1 MiB each at most.
-const REPLIES_MAX: usize = 4;
-
 /// Bytes of volume descriptions in one page.
 const PAGE_BYTES_MAX: usize = 1 << 20;
+
+/// Volumes in one page, however small: more than fit in if their texts have 1 KiB.
+const PAGE_VOLUMES_MAX: usize = 1024;
 
 /// Bytes that a description takes beside its texts, generously.
 const PAGE_ITEM_BYTES: usize = 64;
@@ -59,8 +47,6 @@ pub(crate) struct SessionService {
 struct Shared {
     cluster: ClusterName,
     shards: HashMap<ShardId, HostedShard>,
-    budget: ByteBudget,
-    attachments: Arc<Semaphore>,
     watchers: Arc<Semaphore>,
     /// Where nodes are reached. `None`: where they were registered.
     addresses: Option<Addresses>,
@@ -74,10 +60,8 @@ pub(crate) fn service(
     shards: HashMap<ShardId, HostedShard>,
     addresses: Option<Addresses>,
 ) -> SessionServer<SessionService> {
-    let budget = ByteBudget::new(BYTES_MAX);
-    let attachments = Arc::new(Semaphore::new(ATTACHMENTS_MAX));
     let watchers = Arc::new(Semaphore::new(WATCHERS_MAX));
-    let shared = Arc::new(Shared { cluster, shards, budget, attachments, watchers, addresses });
+    let shared = Arc::new(Shared { cluster, shards, watchers, addresses });
     SessionServer::new(SessionService { shared })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
@@ -125,14 +109,14 @@ fn check_run(command: &[u8]) -> Result<(), Refusal> {
     let Some(Ok(decoded)) = commands.next() else {
         return Err(Refusal::Malformed("a command that is none"));
     };
-    let may_run = !matches!(
+    // Others go through services that know who may.
+    let may_run = matches!(
         decoded.header.kind,
-        CommandKind::Write
-            | CommandKind::Trim
-            | CommandKind::WriteZeroes
-            | CommandKind::OpenSession
-            // Through `Admin.Join`, which knows who may.
-            | CommandKind::RegisterReplica
+        CommandKind::CreateVolume
+            | CommandKind::NewVolume
+            | CommandKind::CloseSession
+            | CommandKind::EndSessions
+            | CommandKind::AddCounter
     );
     if !may_run || commands.next().is_some() {
         return Err(Refusal::Malformed("one command that needs no attachment is run at a time"));
@@ -152,27 +136,6 @@ fn page(volumes: &[VolumeInfo]) -> v1::VolumePage {
 
 #[tonic::async_trait]
 impl Session for SessionService {
-    type AttachStream = ReceiverStream<Result<v1::AttachReply, Status>>;
-
-    async fn attach(
-        &self,
-        request: Request<Streaming<v1::AttachRequest>>,
-    ) -> Result<Response<Self::AttachStream>, Status> {
-        let Ok(place) = Arc::clone(&self.shared.attachments).try_acquire_owned() else {
-            let what = "attached sessions of other nodes";
-            return Err(Refusal::TooMany { what, limit: ATTACHMENTS_MAX }.into());
-        };
-        let (replies, outgoing) = mpsc::channel(REPLIES_MAX);
-        let shared = Arc::clone(&self.shared);
-        let Some(any) = shared.shards.values().next() else { return Err(stopping()) };
-        let shutdown = any.hosting.shutdown.clone();
-        shutdown.spawn(async move {
-            attach::serve(&shared, request.into_inner(), replies).await;
-            drop(place);
-        });
-        Ok(Response::new(ReceiverStream::new(outgoing)))
-    }
-
     async fn run(
         &self,
         request: Request<v1::RunRequest>,
@@ -219,11 +182,10 @@ impl Session for SessionService {
         use v1::list_reply::Result as Reply;
         let request = request.into_inner();
         let shard = self.shared.shard(request.target.as_ref())?;
-        let result = match shard.volumes().await {
-            Ok(volumes) => {
-                let first = volumes.partition_point(|volume| volume.id.0 <= request.after);
-                Reply::Page(page(&volumes[first..]))
-            }
+        let after = VolumeId(request.after);
+        let look = || shard.group.reader().volumes_after(after, PAGE_VOLUMES_MAX).0;
+        let result = match shard.look(look).await {
+            Ok(volumes) => Reply::Page(page(&volumes)),
             Err(error) => Reply::NotLeader(not_looked_up(shard, &error)?),
         };
         Ok(Response::new(v1::ListReply { result: Some(result) }))

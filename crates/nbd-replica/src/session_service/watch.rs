@@ -97,10 +97,14 @@ impl Watcher {
         if let Some(addresses) = &self.addresses {
             replicas = addresses.resolve(replicas);
         }
-        let leader = route.leader.as_ref().map(|leader| v1::ReplicaAddress {
-            replica: leader.replica.get(),
-            node: leader.node.to_string(),
-            grpc: leader.grpc.clone(),
+        let leader = route.leader.as_ref().map(|leader| {
+            let info = replicas.iter().find(|replica| replica.id == leader.replica);
+            v1::ReplicaAddress {
+                replica: leader.replica.get(),
+                node: leader.node.to_string(),
+                grpc: leader.grpc.clone(),
+                nbd: info.map(|info| info.addresses.nbd.clone()).unwrap_or_default(),
+            }
         });
         v1::ShardView {
             replica: reader.formation().map_or(0, |formation| formation.replica.get()),
@@ -119,6 +123,7 @@ fn members(membership: &Membership, replicas: &[ReplicaInfo]) -> Vec<v1::ShardMe
             replica: replica.id.get(),
             node: replica.node.to_string(),
             grpc: replica.addresses.grpc.clone(),
+            nbd: replica.addresses.nbd.clone(),
         }),
         voter: membership.is_voter(replica.id),
     };

@@ -67,6 +67,16 @@ pub const INCOMING_STREAMS_MAX: usize = 256;
 /// What Protobuf and gRPC add to a message in a batch, at most: tags, lengths and numbers.
 const ENVELOPE_BYTES_MAX: usize = 64;
 
+/// Notes of traced entries that are sent with one message.
+pub const TRACES_MAX: usize = 64;
+
+/// What a note takes in a message, at most.
+const TRACE_BYTES_MAX: usize = 64;
+
+/// Bytes of the notes of one message. They are read only if they are no longer: a note takes twenty
+/// times as much memory as its shortest form on the wire.
+pub const TRACES_BYTES_MAX: usize = TRACES_MAX * TRACE_BYTES_MAX;
+
 /// What Raft adds to the data of an entry, at most.
 const ENTRY_ENVELOPE_BYTES_MAX: usize = 1024;
 
@@ -80,8 +90,9 @@ const _: () = assert!(
     "every message of several entries can be sent"
 );
 const _: () = assert!(
-    MESSAGE_MAX + ENVELOPE_BYTES_MAX <= MESSAGE_BYTES_MAX
-        && BATCH_BYTES_MAX + BATCH_MESSAGES_MAX * ENVELOPE_BYTES_MAX <= MESSAGE_BYTES_MAX,
+    MESSAGE_MAX + ENVELOPE_BYTES_MAX + TRACES_BYTES_MAX <= MESSAGE_BYTES_MAX
+        && BATCH_BYTES_MAX + BATCH_MESSAGES_MAX * (ENVELOPE_BYTES_MAX + TRACES_BYTES_MAX)
+            <= MESSAGE_BYTES_MAX,
     "every batch is taken by the receiver"
 );
 const _: () = assert!(BULK_BYTES_MAX >= 2 * MESSAGE_MAX && CONTROL_BYTES_MAX >= MESSAGE_MAX);

@@ -44,8 +44,8 @@ use std::task::Waker;
 use bytes::Bytes;
 use nbd_consensus::OutMessage;
 use nbd_rpc::MESSAGE_BYTES_MAX;
-use nbd_rpc::v1::DeliverLane;
 use nbd_rpc::v1::raft_transport_server::RaftTransportServer;
+use nbd_rpc::v1::{DeliverLane, TraceNote};
 use nbd_topology::{ClusterName, NodeName, ReplicaId, ShardId};
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
@@ -65,6 +65,9 @@ pub trait PeerEvents: Send + Sync {
     /// A message for this node's replica `to` of `shard`, from its peer `from`. To be dropped when
     /// the group cannot take it now.
     fn message(&self, shard: ShardId, to: ReplicaId, from: ReplicaId, bytes: Bytes);
+
+    /// Entries to come are traced. Told just before [`PeerEvents::message`]; there is at least one.
+    fn traces(&self, shard: ShardId, traces: Vec<TraceNote>);
 
     /// A message for this node's replica of `shard` has come from a replica that the address book
     /// does not have, on a node of this cluster: it may have joined while this node was away. Told
@@ -217,6 +220,17 @@ impl TransportHandle {
     /// Sends a group's messages. Never waits; what cannot be queued is dropped and told through
     /// [`PeerEvents::unreachable`]. Messages to the same peer on the same lane keep their order.
     pub fn send(&self, shard: ShardId, from: ReplicaId, messages: Vec<OutMessage>) {
+        self.send_traced(shard, from, messages, &mut Vec::new());
+    }
+
+    /// The same. Takes out of `notes` those for replicas that are sent entries.
+    pub fn send_traced(
+        &self,
+        shard: ShardId,
+        from: ReplicaId,
+        messages: Vec<OutMessage>,
+        notes: &mut Vec<(ReplicaId, TraceNote)>,
+    ) {
         let mut wakers: Vec<Waker> = Vec::new();
         let mut unreachable: Vec<ReplicaId> = Vec::new();
         {
@@ -227,7 +241,14 @@ impl TransportHandle {
                     continue;
                 };
                 let lane = if bulk { Lane::Bulk } else { Lane::Control };
-                match peer.outbox(lane).push(Waiting { shard, from, to, bytes }) {
+                let traces = match lane {
+                    Lane::Bulk if !notes.is_empty() => {
+                        let taken = notes.extract_if(.., |(whom, _)| *whom == to);
+                        taken.map(|(_, note)| note).collect()
+                    }
+                    Lane::Bulk | Lane::Control => Vec::new(),
+                };
+                match peer.outbox(lane).push(Waiting { shard, from, to, bytes, traces }) {
                     Push::Queued(waker) => wakers.extend(waker),
                     Push::Dropped { tell } => {
                         if tell {

@@ -4,6 +4,7 @@ use std::collections::{HashSet, VecDeque};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
+use nbd_rpc::v1::TraceNote;
 use nbd_topology::{ReplicaId, ShardId};
 use parking_lot::Mutex;
 
@@ -21,6 +22,8 @@ pub(super) struct Waiting {
     pub(super) from: ReplicaId,
     pub(super) to: ReplicaId,
     pub(super) bytes: Bytes,
+    /// Of the entries in it or behind it, those that are traced.
+    pub(super) traces: Vec<TraceNote>,
 }
 
 impl Waiting {
@@ -242,7 +245,8 @@ mod tests {
 
     fn message(to: u64, len: usize) -> Waiting {
         let id = |id| ReplicaId::new(id).unwrap();
-        Waiting { shard: ShardId(0), from: id(1), to: id(to), bytes: vec![0; len].into() }
+        let (shard, bytes, traces) = (ShardId(0), vec![0; len].into(), Vec::new());
+        Waiting { shard, from: id(1), to: id(to), bytes, traces }
     }
 
     /// The sizes of the next batch, or `None` when there is none now.

@@ -9,9 +9,10 @@ use nbd_log::checksum::crc32c;
 use nbd_rpc::identity::{PROTOCOL_VERSION, directory_to_bytes};
 use nbd_rpc::v1::deliver_frame::Frame;
 use nbd_rpc::v1::raft_transport_client::RaftTransportClient;
-use nbd_rpc::v1::{DeliverAck, DeliverBatch, DeliverFrame, DeliverHello, RaftMessage};
+use nbd_rpc::v1::{DeliverAck, DeliverBatch, DeliverFrame, DeliverHello, RaftMessage, TraceNotes};
 use nbd_rpc::{MESSAGE_BYTES_MAX, is_refusal, reason};
 use nbd_topology::NodeName;
+use prost::Message as _;
 use tokio::sync::Notify;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
@@ -298,5 +299,6 @@ fn to_wire(message: Waiting) -> RaftMessage {
         to_replica: message.to.get(),
         crc32c: crc32c(&message.bytes),
         message: message.bytes,
+        traces: TraceNotes { notes: message.traces }.encode_to_vec().into(),
     }
 }

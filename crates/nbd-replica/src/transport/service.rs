@@ -12,17 +12,18 @@ use nbd_rpc::identity::{
 };
 use nbd_rpc::v1::deliver_frame::Frame;
 use nbd_rpc::v1::raft_transport_server::RaftTransport;
-use nbd_rpc::v1::{DeliverAck, DeliverFrame, DeliverHello, RaftMessage};
+use nbd_rpc::v1::{DeliverAck, DeliverFrame, DeliverHello, RaftMessage, TraceNote, TraceNotes};
 use nbd_rpc::{Refusal, reason};
 use nbd_topology::{NodeName, ShardId};
+use prost::Message as _;
 use tokio::sync::oneshot;
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::book::Stranger;
-use super::limits::{COPY_BYTES_MAX, HELLO_TIMEOUT, INCOMING_STREAMS_MAX};
+use super::limits::{COPY_BYTES_MAX, HELLO_TIMEOUT, INCOMING_STREAMS_MAX, TRACES_BYTES_MAX};
 use super::{Lane, Shared};
 
 /// Serves `RaftTransport`.
@@ -252,8 +253,8 @@ impl Receiver {
 
     /// Hands on one message, or drops it when it is for or from nobody known here.
     fn message(&self, message: RaftMessage) -> Result<(), Refusal> {
-        let RaftMessage { shard, from_replica, to_replica, message: bytes, crc32c: expected } =
-            message;
+        let RaftMessage { shard, from_replica, to_replica, message: bytes, .. } = message;
+        let (expected, traces) = (message.crc32c, message.traces);
         let found = crc32c(&bytes);
         if found != expected {
             return Err(Refusal::Checksum { what: "a Raft message", found, expected });
@@ -276,6 +277,10 @@ impl Receiver {
                 return Ok(());
             }
         }
+        let notes = notes(traces);
+        if !notes.is_empty() {
+            self.shared.events.traces(shard, notes);
+        }
         self.shared.events.message(shard, to, from, detached(bytes));
         Ok(())
     }
@@ -286,6 +291,21 @@ impl Receiver {
         let key = (self.caller.node.clone(), self.caller.lane);
         if incoming.streams.get(&key).is_some_and(|open| open.number == self.number) {
             incoming.streams.remove(&key);
+        }
+    }
+}
+
+/// None if they cannot be read: no message is to be lost for the sake of a trace.
+fn notes(traces: Bytes) -> Vec<TraceNote> {
+    if traces.len() > TRACES_BYTES_MAX {
+        debug!(bytes = traces.len(), "a message's trace notes are too long");
+        return Vec::new();
+    }
+    match TraceNotes::decode(traces) {
+        Ok(TraceNotes { notes }) => notes,
+        Err(error) => {
+            debug!(%error, "a message's trace notes cannot be read");
+            Vec::new()
         }
     }
 }

@@ -25,6 +25,7 @@ fn replica(id: u64) -> ReplicaId {
 enum Event {
     Message { to: ReplicaId, from: ReplicaId, bytes: Bytes },
     Newcomer { peer: ReplicaId, node: NodeName, directory: u128 },
+    Traces(Vec<TraceNote>),
     Lost(NodeName),
     Unreachable(ReplicaId),
 }
@@ -41,6 +42,11 @@ impl PeerEvents for Recorder {
     fn message(&self, shard: ShardId, to: ReplicaId, from: ReplicaId, bytes: Bytes) {
         assert_eq!(shard, SHARD);
         self.record(Event::Message { to, from, bytes });
+    }
+
+    fn traces(&self, shard: ShardId, traces: Vec<TraceNote>) {
+        assert_eq!(shard, SHARD);
+        self.record(Event::Traces(traces));
     }
 
     fn newcomer(&self, shard: ShardId, peer: ReplicaId, node: &NodeName, directory: u128) {

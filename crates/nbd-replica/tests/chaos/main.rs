@@ -13,7 +13,8 @@ const DURATION: Duration = Duration::from_secs(50);
 fn three_replicas_keep_their_promises_in_chaos() {
     let seed = nbd_testkit::seed();
     let load = LoadOptions { pace: 200, ..LoadOptions::default() };
-    let options = ChaosOptions { seed, duration: DURATION, load, program: None, directory: None };
+    let (balancers, program, directory) = (0, None, None);
+    let options = ChaosOptions { seed, duration: DURATION, load, balancers, program, directory };
     let report = run(&options).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{report}");
     assert!(report.faults >= 5, "{} faults are too few to show anything", report.faults);

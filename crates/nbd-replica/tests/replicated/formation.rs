@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use nbd_testkit::{NodeProcess, list_exports};
+use nbd_testkit::list_exports;
 
 use crate::{MIB, builder, cluster};
 
@@ -20,7 +20,7 @@ fn a_new_cluster_waits_for_all_its_replicas_and_then_serves() {
     }
     cluster.at_mut(2).spawn();
     cluster.wait_until_serving();
-    assert!(cluster.nodes().iter().all(NodeProcess::is_ready));
+    assert!(cluster.nodes().iter().all(|node| node.is_ready()));
     let health: Vec<_> = (0..3).map(|at| cluster.at(at).health().unwrap()).collect();
     let leader = cluster.at(cluster.wait_leader()).name();
     for health in &health {

@@ -3,8 +3,9 @@
 //!
 //! [`formation`]: a cluster that begins. [`failover`]: the leader is lost under load. [`catch_up`]:
 //! a replica comes back. [`majority`]: too few replicas are left. [`identity`]: data directories
-//! that do not belong. [`repair`]: a disk that changes what it holds. [`sessions`]: what is left of
-//! clients whose node is gone.
+//! that do not belong. [`isolation`]: a node whose peers do without it ends. [`measures`]: what its
+//! metrics say of a write and of the members. [`repair`]: a disk that changes what it holds.
+//! [`sessions`]: what is left of clients whose node is gone.
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test fails like the test")]
 
@@ -12,7 +13,9 @@ mod catch_up;
 mod failover;
 mod formation;
 mod identity;
+mod isolation;
 mod majority;
+mod measures;
 mod repair;
 mod sessions;
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use nbd_session::Query;
 use nbd_store::limits::CHUNK_BYTES;
-use nbd_store::{Outcome, SessionId, WriteBuilder, encode_trim, encode_write_zeroes};
+use nbd_store::{Outcome, Rejection, SessionId, WriteBuilder, encode_trim, encode_write_zeroes};
 use nbd_topology::ShardId;
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -67,7 +67,7 @@ impl World {
     pub(super) fn make_volumes(&mut self) {
         for n in 0..self.profile.volumes {
             let shard = ShardId(u32::try_from(n).unwrap_or_default() % self.profile.shards);
-            self.volumes.push(Volume { shard, name: format!("volume-{n}"), id: None });
+            self.volumes.push(Volume::new(shard, format!("volume-{n}")));
         }
     }
 
@@ -236,6 +236,12 @@ impl World {
                 self.history.answer(operation, Vec::new());
                 self.tell(&Told::Answer { operation: operation.0, what: 0 });
             }
+            Outcome::Rejected(Rejection::PastEnd)
+                if self.volumes[self.clients[client].volume].resized =>
+            {
+                self.history.refused(operation);
+                self.on_operation_failed(client, operation);
+            }
             Outcome::Rejected(rejection) => self.fail(Breach::Rejected(operation, *rejection)),
             _ => self.fail(Breach::AnsweredWithoutEffect(operation)),
         }
@@ -262,6 +268,10 @@ impl World {
         let range = range.clone();
         let Some(bytes) = bytes else {
             self.on_operation_failed(client, operation);
+            if self.is_on_deleted(client) {
+                self.leave_deleted(client);
+                return;
+            }
             if self.phase == Phase::Reading {
                 let generation = self.clients[client].generation;
                 self.schedule.after(5 * MILLISECOND, Planned::Think { client, generation });

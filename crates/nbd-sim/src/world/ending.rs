@@ -1,8 +1,10 @@
 //! How a world ends: everything heals, comes to rest, and is looked at once more.
 
+use std::collections::BTreeMap;
+
 use bytes::BytesMut;
-use nbd_store::{RangeDigest, ShardReader};
-use nbd_topology::ShardId;
+use nbd_store::{RangeDigest, ReadError, ShardReader, VolumeId};
+use nbd_topology::{LogIndex, ShardId};
 
 use super::{Planned, World};
 use crate::content;
@@ -49,6 +51,8 @@ impl World {
             Phase::Reading if now.0 > END_OF_READING.0 => {
                 self.fail(Breach::Stuck("the last reads are not answered".into()));
             }
+            // A command sent again may have come this late.
+            Phase::Reading => _ = self.sizes_are_whole(),
             Phase::Converging { .. } if self.has_converged() => self.judge(),
             Phase::Converging { since } if late(since) => {
                 self.fail(Breach::Stuck(self.unrest()));
@@ -113,7 +117,11 @@ impl World {
         waits.join("; ")
     }
 
+    /// Begins to read once every volume has its size again.
     fn begin_reading(&mut self) {
+        if !self.sizes_are_whole() {
+            return;
+        }
         self.phase = Phase::Reading;
         for volume in 0..self.volumes.len() {
             let reader = self.clients.iter().position(|client| client.volume == volume);
@@ -173,17 +181,54 @@ impl World {
         }
         for n in 0..self.nodes.len() {
             self.scrub(n);
-            for at in 0..self.volumes.len() {
-                self.judge_volume(n, at)?;
+            for shard in (0..self.profile.shards).map(ShardId) {
+                let Some(reader) = self.reader(n, shard) else { continue };
+                let expected = self.ledger.volumes(shard);
+                Self::judge_catalogue(n, &reader, &expected)?;
+                for (volume, (_, sectors)) in expected {
+                    self.judge_volume(n, &reader, volume, sectors)?;
+                }
             }
         }
         Ok(())
     }
 
-    fn judge_volume(&self, n: usize, at: usize) -> Result<(), Breach> {
-        let Some(volume) = self.volumes[at].id else { return Ok(()) };
-        let Some(reader) = self.reader(n, self.volumes[at].shard) else { return Ok(()) };
-        let sectors = self.profile.sectors;
+    /// A replica has the volumes that the log has made, and nothing is left of others.
+    fn judge_catalogue(
+        node: usize,
+        reader: &ShardReader,
+        expected: &BTreeMap<VolumeId, (String, u64)>,
+    ) -> Result<(), Breach> {
+        let found = reader.volumes().into_iter();
+        let found = found.map(|of| (of.id, (of.name.to_string(), of.size / SECTOR_BYTES)));
+        let found: BTreeMap<_, _> = found.collect();
+        if found != *expected {
+            let (expected, found) = (expected.clone().into_iter(), found.into_iter());
+            let (expected, found) = (expected.collect(), found.collect());
+            return Err(Breach::CatalogueDiffers { node, expected, found });
+        }
+        let unreadable = |error: ReadError| Breach::Unreadable { node, reason: error.to_string() };
+        let mut after = None;
+        loop {
+            let page = reader.manifest(LogIndex::ZERO, after, 1 << 16).map_err(unreadable)?;
+            let kept = page.present.iter().find(|run| !expected.contains_key(&run.volume));
+            if let Some(run) = kept {
+                return Err(Breach::ChunksKept { node, volume: run.volume });
+            }
+            after = page.next;
+            if after.is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn judge_volume(
+        &self,
+        n: usize,
+        reader: &ShardReader,
+        volume: VolumeId,
+        sectors: u64,
+    ) -> Result<(), Breach> {
         let unreadable = |reason| Breach::Unreadable { node: n, reason };
         let len = sectors * SECTOR_BYTES;
         let mut buffer = BytesMut::zeroed(usize::try_from(len).unwrap_or_default());

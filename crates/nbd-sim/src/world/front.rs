@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use nbd_session::{Attachment, ClientSession, Query, QueryId, Verdict};
+use nbd_session::{Attachment, ClientSession, Piece, Query, QueryId, Verdict};
 use nbd_store::{
     Epoch, Outcome, Owner, Rejection, SessionId, encode_close_session, encode_create_volume,
     encode_end_sessions,
@@ -54,8 +54,13 @@ pub(super) struct Chore {
 }
 
 #[derive(Debug)]
-enum Purpose {
+pub(super) enum Purpose {
     CreateVolume(usize),
+    /// It grows again afterwards.
+    Shrink(usize),
+    Grow(usize),
+    /// Another one takes its place.
+    DeleteVolume(usize),
     EndSessions,
     /// With its end, these cannot take effect any more.
     CloseSession(Vec<OperationId>),
@@ -70,6 +75,8 @@ pub(super) struct Link {
     pub(super) opened: bool,
     /// When it last heard from its attachment.
     heard: SimTime,
+    /// What is here of reads that are not answered yet.
+    gathered: BTreeMap<OperationId, Vec<u8>>,
     /// Connections given up, and the epochs of their attachments. Only a front end that breaks the
     /// rule cares about them.
     given_up: Vec<(ConnectionId, Epoch)>,
@@ -103,7 +110,14 @@ impl World {
         let id = SessionId(self.workload.rng.random());
         let session = ClientSession::new(id).with_fault(self.plant.session());
         let heard = self.schedule.now();
-        let link = Link { session, connection: None, opened: false, heard, given_up: Vec::new() };
+        let link = Link {
+            session,
+            connection: None,
+            opened: false,
+            heard,
+            gathered: BTreeMap::new(),
+            given_up: Vec::new(),
+        };
         let at = &mut self.clients[client];
         at.generation += 1;
         at.link = Some(link);
@@ -142,8 +156,8 @@ impl World {
     }
 
     /// Gives up a client's connection to the leader.
-    fn hang_up(&mut self, client: usize) {
-        let forwards = self.plant.session().is_some();
+    pub(super) fn hang_up(&mut self, client: usize) {
+        let forwards = self.plant.forwards_stale_replies();
         let Some(link) = &mut self.clients[client].link else { return };
         let Some(connection) = link.connection.take() else { return };
         if forwards {
@@ -242,8 +256,9 @@ impl World {
         let Some(link) = &mut self.clients[client].link else { return };
         let Some(resend) = link.session.attached(epoch) else { return };
         let first = !std::mem::replace(&mut link.opened, true);
-        let resent = resend.mutations.len() as u64;
+        let (resent, continued) = (resend.mutations.len() as u64, resend.continued as u64);
         *self.tally.entry("mutations sent again").or_default() += resent;
+        *self.tally.entry("reads continued").or_default() += continued;
         let Some(connection) = link.connection else { return };
         self.count("sessions attached");
         for (seq, command) in resend.mutations {
@@ -260,6 +275,11 @@ impl World {
     }
 
     fn on_refused(&mut self, client: usize, epoch: Epoch, refusal: Refusal) {
+        let gone = Refusal::Rejected(Rejection::UnknownVolume as u8);
+        if refusal == gone && self.is_on_deleted(client) {
+            self.leave_deleted(client);
+            return;
+        }
         let Some(link) = &mut self.clients[client].link else { return };
         let (verdict, hint) = match refusal {
             Refusal::NotLeader(hint) => (None, hint),
@@ -277,6 +297,10 @@ impl World {
     /// The log does not know the session. If it never did, nothing was sent and another takes its
     /// place; else somebody ended it who must not.
     fn on_gone(&mut self, client: usize) {
+        if self.is_on_deleted(client) {
+            self.leave_deleted(client);
+            return;
+        }
         self.hang_up(client);
         let link = self.clients[client].link.take();
         if link.is_some_and(|link| link.opened) {
@@ -308,12 +332,36 @@ impl World {
                     self.on_operation_failed(client, operation);
                 }
             }
-            Letter::Found { id, bytes } => {
-                if let Some(operation) = link.session.query_answered(epoch, id) {
-                    self.on_read_answer(client, operation, bytes);
+            Letter::Found { id, bytes: Some(bytes) } => self.on_piece(client, epoch, id, &bytes),
+            Letter::Found { id, bytes: None } => {
+                if let Some((operation, _)) = link.session.query_answered(epoch, id) {
+                    link.gathered.remove(&operation);
+                    self.on_read_answer(client, operation, None);
                 }
             }
             _ => {}
+        }
+    }
+
+    fn on_piece(&mut self, client: usize, epoch: Epoch, id: QueryId, bytes: &Bytes) {
+        let Some(link) = &mut self.clients[client].link else { return };
+        let len = bytes.len() as u64;
+        let (at, operation, is_last) = match link.session.read_piece(epoch, id, len) {
+            Piece::Ignored => return,
+            Piece::Detached => {
+                self.hang_up(client);
+                self.attach_again(client, None);
+                return;
+            }
+            Piece::Part { at, token } => (at, *token, false),
+            Piece::Last { at, token } => (at, token, true),
+        };
+        let gathered = link.gathered.entry(operation).or_default();
+        assert_eq!(gathered.len() as u64, at, "a piece in another place than the next");
+        gathered.extend_from_slice(bytes);
+        if is_last {
+            let whole = link.gathered.remove(&operation).unwrap_or_default();
+            self.on_read_answer(client, operation, Some(whole.into()));
         }
     }
 
@@ -353,7 +401,13 @@ impl World {
         }
     }
 
-    fn add_chore(&mut self, front: usize, shard: ShardId, command: Bytes, purpose: Purpose) {
+    pub(super) fn add_chore(
+        &mut self,
+        front: usize,
+        shard: ShardId,
+        command: Bytes,
+        purpose: Purpose,
+    ) {
         let id = self.workload.number();
         let chore = Chore { shard, command, purpose, connection: None, attempt: 0 };
         self.fronts[front].chores.insert(id, chore);
@@ -441,8 +495,19 @@ impl World {
         match (chore.purpose, outcome) {
             (
                 Purpose::CreateVolume(volume),
-                Outcome::VolumeCreated(info) | Outcome::VolumeExists(info),
-            ) => self.volumes[volume].id = Some(info.id),
+                Outcome::VolumeCreated(info)
+                | Outcome::VolumeExists(info)
+                | Outcome::VolumeRepeated(info),
+            ) => {
+                let at = &mut self.volumes[volume];
+                (at.id, at.busy) = (Some(info.id), false);
+            }
+            (Purpose::Shrink(volume), Outcome::VolumeChanged(_)) => self.grow(volume),
+            (Purpose::Grow(volume), Outcome::VolumeChanged(_)) => self.volumes[volume].busy = false,
+            (
+                Purpose::DeleteVolume(volume),
+                Outcome::VolumeDeleted { .. } | Outcome::Rejected(Rejection::UnknownVolume),
+            ) => self.create_successor(volume),
             (
                 Purpose::CloseSession(operations),
                 Outcome::SessionClosed | Outcome::Rejected(Rejection::UnknownSession),
@@ -472,7 +537,7 @@ impl World {
     /// A front end that has given up a connection takes nothing more from it. One that breaks that
     /// rule hands answers on to the session they are for.
     fn on_stale_reply(&mut self, connection: ConnectionId, parcel: Parcel<Letter>) {
-        if self.plant.session().is_none() {
+        if !self.plant.forwards_stale_replies() {
             return;
         }
         let Parcel::Message(letter @ (Letter::Answer { .. } | Letter::Found { .. })) = parcel
@@ -516,8 +581,8 @@ impl World {
         let life = self.fronts[front].life;
         for id in ids {
             self.forget_chore_connection(front, id);
-            let keep = matches!(self.fronts[front].chores[&id].purpose, Purpose::CreateVolume(_));
-            if keep {
+            let purpose = &self.fronts[front].chores[&id].purpose;
+            if !matches!(purpose, Purpose::EndSessions | Purpose::CloseSession(_)) {
                 continue;
             }
             let Some(chore) = self.fronts[front].chores.remove(&id) else { continue };

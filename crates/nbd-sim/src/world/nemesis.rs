@@ -24,7 +24,7 @@ const LOOKS_MAX: u32 = 1_000;
 /// Draws faults.
 #[derive(Debug)]
 pub(super) struct Nemesis {
-    rng: StdRng,
+    pub(super) rng: StdRng,
     /// The one node whose data changes by itself: were there two, they might have the same block
     /// damaged, and no good copy be left.
     flipped: Option<usize>,
@@ -87,7 +87,7 @@ impl World {
         let Some(mean) = self.profile.faults.get(&kind).copied() else { return };
         let wait = self.nemesis.rng.span(mean / 4, 7 * mean / 4);
         self.schedule.after(wait, Planned::Strike(kind));
-        if self.volumes.iter().any(|volume| volume.id.is_none()) {
+        if self.volumes.iter().take(self.profile.volumes).any(|volume| volume.id.is_none()) {
             // Nobody would notice yet.
             return;
         }
@@ -110,10 +110,12 @@ impl World {
             FaultKind::FullDisk => self.fill_disk(),
             FaultKind::BitFlip => self.flip_bit(),
             FaultKind::Wipe => self.wipe_one(),
+            FaultKind::Resize => self.resize_one(),
+            FaultKind::Recreate => self.recreate_one(),
         }
     }
 
-    fn struck(&mut self, kind: FaultKind, host: Host) {
+    pub(super) fn struck(&mut self, kind: FaultKind, host: Host) {
         self.count("faults");
         self.tell(&Told::Strike { kind, host });
     }

@@ -1,5 +1,7 @@
 //! What a node does for front ends: attachments, mutations, reads.
 
+use std::ops::Range;
+
 use bytes::{Bytes, BytesMut};
 use nbd_consensus::Role;
 use nbd_session::{Query, QueryId};
@@ -12,6 +14,7 @@ use nbd_topology::{ReplicaId, ShardId};
 
 use super::{Letter, MutationKey, Planned, ReadJob, Refusal, Reply, World, code};
 use crate::failure::Breach;
+use crate::history::SECTOR_BYTES;
 use crate::network::{ConnectionId, Parcel, Side};
 
 /// A session's connection to this node.
@@ -181,6 +184,11 @@ impl World {
 
     fn on_query(&mut self, n: usize, connection: ConnectionId, id: QueryId, query: Query) {
         let Query::Read { offset, len, .. } = query else { return };
+        self.read_piece(n, connection, id, offset..offset + len);
+    }
+
+    /// Begins the first piece of a read, or of what is left of it.
+    fn read_piece(&mut self, n: usize, connection: ConnectionId, id: QueryId, rest: Range<u64>) {
         let Some(running) = &self.nodes[n].running else { return };
         let Some(attachment) = running.attachments.get(&connection) else { return };
         if !attachment.open {
@@ -188,7 +196,10 @@ impl World {
         }
         let (shard, volume) = (attachment.shard, attachment.volume);
         let Some(group) = running.groups.get(&shard) else { return };
-        let job = ReadJob { connection, id, shard, volume, offset, len, leased: true };
+        let Range { start: offset, end } = rest;
+        let piece = self.profile.piece_sectors * SECTOR_BYTES;
+        let len = (piece - offset % piece).min(end - offset);
+        let job = ReadJob { connection, id, shard, volume, offset, len, end, leased: true };
         // The time of the last tick will do: the lease is looked at again at the end.
         if group.replica.read_lease().is_some_and(|until| running.coarse < until) {
             self.count("reads under a lease");
@@ -252,8 +263,13 @@ impl World {
             self.step(n, shard, Event::Barrier(Reply::Barrier(job)));
             return;
         }
-        let letter = Letter::Found { id: job.id, bytes };
-        self.post(job.connection, Side::Client, Parcel::Message(letter));
+        let ReadJob { connection, id, offset, len, end, .. } = job;
+        let rest = offset + len..end;
+        let more = bytes.is_some() && !rest.is_empty();
+        self.post(connection, Side::Client, Parcel::Message(Letter::Found { id, bytes }));
+        if more {
+            self.read_piece(n, connection, id, rest);
+        }
     }
 
     pub(super) fn on_ran(&mut self, n: usize, connection: ConnectionId, answer: Answer) {
@@ -287,12 +303,8 @@ impl World {
 
 /// The rejection with this code, for a report.
 pub(super) const fn rejection(code: u8) -> Rejection {
-    match code {
-        1 => Rejection::UnknownSession,
-        2 => Rejection::StaleEpoch,
-        3 => Rejection::UnknownVolume,
-        4 => Rejection::PastEnd,
-        5 => Rejection::LimitReached,
-        _ => Rejection::BadCommand,
+    match Rejection::from_u8(code) {
+        Some(rejection) => rejection,
+        None => Rejection::BadCommand,
     }
 }

@@ -16,6 +16,9 @@
 //! its other blocks copied. Step 3 is what makes recovery replay at least up to A: otherwise it
 //! might stop short of an entry whose block was overwritten already.
 //!
+//! A volume that was deleted is a run of holes like any other, as long as a volume can be: what it
+//! held is given back here, however much that is, in transactions of a bounded size.
+//!
 //! When slots run out, or one transaction has changed enough, 4 to 7 are done for what has been
 //! placed, with the old applied index, which makes the slots left so far free, and then go on with
 //! the rest. Replaying the log over such a half-way state gives the same result as over the old
@@ -34,7 +37,6 @@ mod work;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::iter::Peekable;
 use std::sync::Arc;
 
 use nbd_log::io::Disk;
@@ -45,9 +47,9 @@ use redb::WriteTransaction;
 use self::batch::Batch;
 use self::place::Placing;
 use self::receive::Receiving;
-use self::work::Work;
+use self::work::{Work, WorkList};
 use crate::chunk::Base;
-use crate::chunk::database::{self, MetadataError};
+use crate::chunk::database::{self, ChunkTable, CountChanges, MetadataError};
 use crate::chunk::meta::{ChunkKey, ChunkMeta, Slot};
 use crate::chunk::record::ShardRecord;
 use crate::chunk::slots::SlotMap;
@@ -155,6 +157,8 @@ pub struct Checkpointer {
     gate: Arc<PinGate>,
     gauge: CheckpointGauge,
     batch: Batch,
+    /// What the transaction being built changes in the numbers of chunks.
+    counts: CountChanges,
     /// Shards that take over chunks of other replicas.
     receiving: BTreeMap<ShardId, Receiving>,
     faults: Faults,
@@ -183,20 +187,12 @@ struct Freeze {
     shards: Vec<(Arc<Shard>, Arc<Frozen>)>,
 }
 
-/// What is still to be placed.
-type WorkList<'a> = Peekable<Box<dyn Iterator<Item = Work<'a>> + 'a>>;
-
-fn boxed<'a>(work: impl Iterator<Item = Work<'a>> + 'a) -> WorkList<'a> {
-    let work: Box<dyn Iterator<Item = Work<'a>> + 'a> = Box::new(work);
-    work.peekable()
-}
-
 /// One transaction.
 #[derive(Default)]
 struct Round {
     /// What it changes, for the caches.
     changed: Vec<(ChunkKey, Option<ChunkMeta>)>,
-    /// Pieces of work taken up, and how many may be.
+    /// Pieces of work taken up and chunks removed, and how many may be.
     changes: usize,
     changes_max: usize,
     /// The data file cannot grow any further.
@@ -226,7 +222,8 @@ impl Checkpointer {
         let (dirty, space, log_bytes) = (parts.dirty, parts.space, parts.log_bytes);
         space.set_free_slots(slots.free());
         let gauge = CheckpointGauge { dirty, space, log_bytes };
-        let (batch, receiving, failed) = (Batch::default(), BTreeMap::new(), false);
+        let (batch, counts) = (Batch::default(), CountChanges::new());
+        let (receiving, failed) = (BTreeMap::new(), false);
         let faults = parts.faults;
         slots.reuse_early(faults.reuses_slots_early());
         Self {
@@ -241,6 +238,7 @@ impl Checkpointer {
             gate,
             gauge,
             batch,
+            counts,
             receiving,
             faults,
             failed,
@@ -308,6 +306,7 @@ impl Checkpointer {
         if let Err(error) = &result {
             self.failed = error.is_fatal();
             self.slots.aborted();
+            self.counts.clear();
             // The file may have grown. The disk's answer is of no interest on this way out.
             _ = self.gauge.space.measure(self.slots.free());
         }
@@ -348,10 +347,12 @@ impl Checkpointer {
                 continue;
             }
             let active = std::mem::take(&mut state.active);
+            let mut metadata = state.metadata.freeze();
             let overlay = match state.frozen.take() {
                 None => active,
                 Some(left_over) => {
                     let left_over = Arc::into_inner(left_over).expect("only a run holds it");
+                    metadata.follow(left_over.metadata);
                     let mut overlay = left_over.overlay;
                     let before = overlay.pending_chunks() + active.pending_chunks();
                     overlay.absorb(&active);
@@ -359,7 +360,7 @@ impl Checkpointer {
                     overlay
                 }
             };
-            let frozen = Arc::new(Frozen { overlay, metadata: state.metadata.clone() });
+            let frozen = Arc::new(Frozen { overlay, metadata });
             state.frozen = Some(Arc::clone(&frozen));
             shards.push((Arc::clone(shard), frozen));
         }
@@ -405,7 +406,7 @@ impl Checkpointer {
         report: &mut CheckpointReport,
     ) -> Result<HardStates, CheckpointError> {
         let frozen: Vec<&Frozen> = freeze.shards.iter().map(|(_, frozen)| &**frozen).collect();
-        let mut work: WorkList<'_> = boxed(work::all(&frozen));
+        let mut work = WorkList::new(work::all(&frozen));
         // What found no slot, and whether any was left since the list was begun.
         let (mut deferred, mut any_left) = (Vec::new(), false);
         loop {
@@ -413,7 +414,7 @@ impl Checkpointer {
             let mut round = Round { changes_max: self.changes_max()?, ..Round::default() };
             self.place_all(&txn, &mut work, &mut deferred, &mut round, pace, report)?;
             any_left |= self.slots.leaves_any();
-            let list_ends = work.peek().is_none();
+            let list_ends = work.is_empty();
             let is_last = list_ends && deferred.is_empty();
             if list_ends && !is_last && !any_left {
                 return Err(CheckpointError::NoSpace);
@@ -423,7 +424,7 @@ impl Checkpointer {
                 self.segments.free_through(&applied.collect(), &self.segments.hard_states());
             }
             self.base.data().sync().map_err(data_error)?;
-            database::put_regions(&txn, self.slots.dirty_regions())?;
+            self.put_books(&txn)?;
             let metadata = if is_last { Some(self.put_metadata(&txn, freeze)?) } else { None };
             txn.commit().map_err(MetadataError::from)?;
             if let Some((records, stored)) = metadata {
@@ -435,7 +436,7 @@ impl Checkpointer {
             }
             self.publish(freeze, round, false)?;
             if list_ends {
-                work = boxed(std::mem::take(&mut deferred).into_iter());
+                work = WorkList::new(std::mem::take(&mut deferred).into_iter());
                 any_left = false;
             }
         }
@@ -451,15 +452,17 @@ impl Checkpointer {
         pace: &mut dyn FnMut(u64),
         report: &mut CheckpointReport,
     ) -> Result<(), CheckpointError> {
-        while work.peek().is_some() && round.has_room() {
+        while !work.is_empty() && round.has_room() {
             let mut table = database::chunk_table(txn)?;
             while self.batch.has_room()
                 && round.has_room()
                 && let Some(item) = work.next()
             {
                 round.changes += 1;
-                if let Placing::OutOfSlots = self.place(&mut table, &item, round, report)? {
-                    deferred.push(item);
+                match self.place(&mut table, &item, round, report)? {
+                    Placing::Placed => {}
+                    Placing::Partly(rest) => work.put_back(rest),
+                    Placing::OutOfSlots => deferred.push(item),
                 }
             }
             let written = self.batch.write(&self.base, &self.log)?;
@@ -473,10 +476,29 @@ impl Checkpointer {
             report.bytes += bytes;
             report.corrupt_blocks += written.corrupt_blocks;
             report.damaged.extend(written.damaged);
-            drop(table);
+            self.close(table);
             pace(bytes);
         }
         Ok(())
+    }
+
+    /// Closes the table of chunks, and takes over what it counted.
+    fn close(&mut self, table: ChunkTable<'_>) {
+        for (volume, change) in table.close() {
+            *self.counts.entry(volume).or_default() += change;
+        }
+    }
+
+    /// Stores which slots are in use, and how many chunks volumes have.
+    fn put_books(&self, txn: &WriteTransaction) -> Result<(), MetadataError> {
+        database::put_regions(txn, self.slots.dirty_regions())?;
+        database::put_counts(txn, self.base.counts_after(&self.counts))
+    }
+
+    /// The books are durable. Returns the slots that were left.
+    fn books_are_durable(&mut self) -> Vec<Slot> {
+        self.base.count(&std::mem::take(&mut self.counts));
+        self.slots.committed()
     }
 
     /// Step 5, what is not chunks: for every shard, since a segment to be freed may hold hard
@@ -501,7 +523,7 @@ impl Checkpointer {
                 record.applied_term = metadata.applied_term;
                 record.counter = metadata.counter;
                 record.volumes_created = metadata.volumes_created;
-                database::put_volumes(txn, metadata.volumes.newer(id, old.volumes_created))?;
+                database::put_volumes(txn, &metadata.volumes)?;
                 database::put_sessions(txn, id, &metadata.sessions)?;
                 if metadata.members != self.members[&id] {
                     database::put_members(txn, id, &metadata.members)?;
@@ -520,7 +542,7 @@ impl Checkpointer {
         round: Round,
         is_last: bool,
     ) -> Result<(), CheckpointError> {
-        let left = self.slots.committed();
+        let left = self.books_are_durable();
         let cleared = |key: &ChunkKey| is_cleared(freeze, key);
         let any_cleared = freeze.shards.iter().any(|(_, frozen)| frozen.overlay.has_ranges());
         let dropped: Option<&dyn Fn(&ChunkKey) -> bool> =

@@ -12,8 +12,10 @@ use crate::overlay::{BlockBase, OverlayChunk, ZeroKind};
 use crate::space::log_growth;
 
 /// Whether a piece of work found its place.
-pub(super) enum Placing {
+pub(super) enum Placing<'a> {
     Placed,
+    /// The transaction has no room for this rest of it.
+    Partly(Work<'a>),
     /// It needs a slot, and there is none.
     OutOfSlots,
 }
@@ -25,20 +27,27 @@ impl Checkpointer {
     /// A home that was changed by the same entry, or a newer one, holds the piece already and is
     /// left alone: entries are replayed over a checkpoint that was cut short, and over chunks that
     /// were fetched from a replica that is ahead.
-    pub(super) fn place(
+    pub(super) fn place<'a>(
         &mut self,
         table: &mut ChunkTable<'_>,
-        work: &Work<'_>,
+        work: &Work<'a>,
         round: &mut Round,
         report: &mut CheckpointReport,
-    ) -> Result<Placing, CheckpointError> {
+    ) -> Result<Placing<'a>, CheckpointError> {
         match work {
             Work::Remove { volume, chunks, index } => {
-                database::remove_chunks(table, *volume, chunks, *index, |home| {
+                let max = round.changes_max.saturating_sub(round.changes).max(1);
+                let mut removed = 0;
+                let next = database::remove_chunks(table, *volume, chunks, *index, max, |home| {
                     self.slots.leave(home.slot);
-                    report.chunks += 1;
+                    removed += 1;
                 })?;
-                Ok(Placing::Placed)
+                round.changes += removed;
+                report.chunks += removed as u64;
+                let rest = next.filter(|next| *next < chunks.end).map(|next| next..chunks.end);
+                Ok(rest.map_or(Placing::Placed, |chunks| {
+                    Placing::Partly(Work::Remove { volume: *volume, chunks, index: *index })
+                }))
             }
             Work::Zero { volume, chunk, index } => {
                 let key = (*volume, *chunk);
@@ -64,14 +73,14 @@ impl Checkpointer {
         }
     }
 
-    fn place_change(
+    fn place_change<'a>(
         &mut self,
         table: &mut ChunkTable<'_>,
         key: ChunkKey,
         change: &OverlayChunk,
         round: &mut Round,
         report: &mut CheckpointReport,
-    ) -> Result<Placing, CheckpointError> {
+    ) -> Result<Placing<'a>, CheckpointError> {
         let old = database::get_chunk(table, key)?;
         if old.is_some_and(|old| old.last_index >= change.last_index()) {
             return Ok(Placing::Placed);

@@ -230,7 +230,7 @@ impl Checkpointer {
             self.slots.leave(home.slot);
             changed.push((key, None));
         })?;
-        drop(table);
+        self.close(table);
         let removed = changed.len();
         self.commit_chunks(txn, changed)?;
         Ok((removed as u64, removed == max))
@@ -357,7 +357,7 @@ impl Checkpointer {
                 pieces.write(self)?;
             }
         }
-        drop(table);
+        self.close(table);
         pieces.write(self)?;
         self.base.data().sync().map_err(data_error)?;
         let put = round.changed.len() as u64;
@@ -371,9 +371,9 @@ impl Checkpointer {
         txn: WriteTransaction,
         changed: Vec<(ChunkKey, Option<ChunkMeta>)>,
     ) -> Result<(), CheckpointError> {
-        database::put_regions(&txn, self.slots.dirty_regions())?;
+        self.put_books(&txn)?;
         txn.commit().map_err(MetadataError::from)?;
-        let left = self.slots.committed();
+        let left = self.books_are_durable();
         self.base.forget(changed, None);
         self.gauge.space.measure(self.slots.free()).map_err(data_error)?;
         self.free_slots(left);
@@ -424,6 +424,7 @@ impl Checkpointer {
                 changed.push((key, None));
             }
         }
+        self.close(table);
         Ok(changed)
     }
 
@@ -440,12 +441,11 @@ impl Checkpointer {
         let changed = self.remove_homes(&txn, stray)?;
         database::put_shard(&txn, shard, &record)?;
         database::put_members(&txn, shard, &metadata.members)?;
-        database::remove_volumes(&txn, shard)?;
-        database::put_volumes(&txn, metadata.volumes.iter())?;
-        database::put_sessions(&txn, shard, &metadata.sessions)?;
-        database::put_regions(&txn, self.slots.dirty_regions())?;
+        database::replace_volumes(&txn, shard, &metadata.volumes)?;
+        database::replace_sessions(&txn, shard, &metadata.sessions)?;
+        self.put_books(&txn)?;
         txn.commit().map_err(MetadataError::from)?;
-        let left = self.slots.committed();
+        let left = self.books_are_durable();
         self.records.insert(shard, record);
         self.members.insert(shard, Arc::clone(&metadata.members));
         let mut state = target.state.write();

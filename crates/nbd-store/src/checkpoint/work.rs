@@ -19,6 +19,37 @@ pub(super) enum Work<'a> {
     Change { volume: VolumeId, chunk: ChunkIndex, change: &'a OverlayChunk },
 }
 
+/// What is still to be placed.
+pub(super) struct WorkList<'a> {
+    next: Option<Work<'a>>,
+    rest: Box<dyn Iterator<Item = Work<'a>> + 'a>,
+}
+
+impl<'a> WorkList<'a> {
+    pub(super) fn new(work: impl Iterator<Item = Work<'a>> + 'a) -> Self {
+        let mut rest: Box<dyn Iterator<Item = Work<'a>> + 'a> = Box::new(work);
+        Self { next: rest.next(), rest }
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.next.is_none()
+    }
+
+    pub(super) fn next(&mut self) -> Option<Work<'a>> {
+        let next = self.next.take();
+        self.next = self.rest.next();
+        next
+    }
+
+    /// What is to be taken up next.
+    pub(super) fn put_back(&mut self, work: Work<'a>) {
+        if let Some(after) = self.next.replace(work) {
+            let rest = std::mem::replace(&mut self.rest, Box::new(std::iter::empty()));
+            self.rest = Box::new(std::iter::once(after).chain(rest));
+        }
+    }
+}
+
 /// All of it: what frees slots first, then what may need them.
 pub(super) fn all<'a, 'f>(
     frozen: &'f [&'a Frozen],

@@ -2,17 +2,22 @@
 //!
 //! | table | key | value |
 //! | --- | --- | --- |
-//! | `format` | "version" | u64, 2 |
+//! | `format` | "version" | u64, 3 |
 //! | `shards` | shard u32 | see [`super::record`] |
 //! | `members` | shard u32 | see [`crate::members`] |
 //! | `volumes` | volume u64 | see [`super::record`] |
 //! | `sessions` | (shard u32, session u128) | see [`crate::shard::session`] |
 //! | `chunks` | (volume u64, chunk u64) | see [`super::meta`] |
+//! | `counts` | volume u64 | chunks it has in `chunks`, u64, sealed; no row for none |
 //! | `slots` | region u32 | see [`super::slots`] |
+//!
+//! Version 2 had no `counts`, and neither labels nor times of volumes; it is brought up to date
+//! when it is opened.
 //!
 //! Commits are in two phases with the allocator's state in them ("quick repair"): a commit costs
 //! one more sync, and opening after a crash need not walk the whole file.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::{Bound, Range, RangeInclusive};
 use std::sync::Arc;
@@ -31,14 +36,18 @@ use crate::ids::{ChunkIndex, SessionId, VolumeId};
 use crate::limits::META_DB_CACHE_BYTES;
 use crate::members::Members;
 use crate::outcome::VolumeInfo;
+use crate::shard::catalogue::{VolumeChanges, Volumes};
 use crate::shard::session::Session;
+use crate::shard::sessions::{SessionChanges, Sessions};
 
 /// Name of the database's file.
 const DATABASE_FILE: &str = "meta.redb";
 /// Its name while it is being made.
 const UNFINISHED_FILE: &str = "meta.new";
 
-const FORMAT_VERSION: u64 = 2;
+const FORMAT_VERSION: u64 = 3;
+/// The version before, which is read too.
+const FORMAT_WITHOUT_COUNTS: u64 = 2;
 
 const FORMAT: TableDefinition<&str, u64> = TableDefinition::new("format");
 const SHARDS: TableDefinition<u32, &[u8]> = TableDefinition::new("shards");
@@ -46,10 +55,28 @@ const MEMBERS: TableDefinition<u32, &[u8]> = TableDefinition::new("members");
 const VOLUMES: TableDefinition<u64, &[u8]> = TableDefinition::new("volumes");
 const SESSIONS: TableDefinition<(u32, u128), &[u8]> = TableDefinition::new("sessions");
 const CHUNKS: TableDefinition<(u64, u64), &[u8; CHUNK_META_BYTES]> = TableDefinition::new("chunks");
+const COUNTS: TableDefinition<u64, &[u8]> = TableDefinition::new("counts");
 const SLOTS: TableDefinition<u32, &[u8]> = TableDefinition::new("slots");
 
-/// The table of chunks, open for writing.
-pub(crate) type ChunkTable<'txn> = Table<'txn, (u64, u64), &'static [u8; CHUNK_META_BYTES]>;
+/// How many more chunks of each volume have a home than before, or how many fewer.
+pub(crate) type CountChanges = BTreeMap<VolumeId, i64>;
+
+/// The table of chunks, open for writing. It counts what comes and goes.
+pub(crate) struct ChunkTable<'txn> {
+    rows: Table<'txn, (u64, u64), &'static [u8; CHUNK_META_BYTES]>,
+    counts: CountChanges,
+}
+
+impl ChunkTable<'_> {
+    /// Closes the table; how the numbers of chunks have changed.
+    pub(crate) fn close(self) -> CountChanges {
+        self.counts
+    }
+
+    fn count(&mut self, volume: VolumeId, change: i64) {
+        *self.counts.entry(volume).or_default() += change;
+    }
+}
 
 /// A failure of the metadata database.
 #[derive(Debug, thiserror::Error)]
@@ -180,10 +207,29 @@ impl Database {
         }
         let this = Self::open_file(disk.open(DATABASE_FILE, OpenMode::Existing)?)?;
         let txn = this.0.begin_read()?;
-        match txn.open_table(FORMAT)?.get("version")?.map(|value| value.value()) {
-            Some(FORMAT_VERSION) => Ok(this),
-            found => Err(MetadataError::Version { found: found.unwrap_or(0) }),
+        let version = txn.open_table(FORMAT)?.get("version")?.map(|value| value.value());
+        drop(txn);
+        match version {
+            Some(FORMAT_VERSION) => {}
+            Some(FORMAT_WITHOUT_COUNTS) => this.add_counts()?,
+            found => return Err(MetadataError::Version { found: found.unwrap_or(0) }),
         }
+        Ok(this)
+    }
+
+    /// Brings a database of the version before up to date. Takes as long as walking over all
+    /// chunks.
+    fn add_counts(&self) -> Result<(), MetadataError> {
+        let txn = self.write()?;
+        let mut counts: BTreeMap<VolumeId, u64> = BTreeMap::new();
+        for row in txn.open_table(CHUNKS)?.iter()? {
+            let (key, _) = row?;
+            *counts.entry(VolumeId(key.value().0)).or_default() += 1;
+        }
+        put_counts(&txn, counts)?;
+        txn.open_table(FORMAT)?.insert("version", FORMAT_VERSION)?;
+        txn.commit()?;
+        Ok(())
     }
 
     fn open_file(file: Arc<dyn DiskFile>) -> Result<Self, MetadataError> {
@@ -198,6 +244,7 @@ impl Database {
         txn.open_table(VOLUMES)?;
         txn.open_table(SESSIONS)?;
         txn.open_table(CHUNKS)?;
+        txn.open_table(COUNTS)?;
         txn.open_table(SLOTS)?;
         for shard in shards {
             put_shard(&txn, shard, &ShardRecord::empty())?;
@@ -258,6 +305,22 @@ impl Database {
             contents.sessions.push((shard, id, session));
         }
         Ok(contents)
+    }
+
+    /// How many chunks each volume has at home; those that have none are left out.
+    pub(crate) fn counts(&self) -> Result<BTreeMap<VolumeId, u64>, MetadataError> {
+        let txn = self.0.begin_read()?;
+        let mut counts = BTreeMap::new();
+        for row in txn.open_table(COUNTS)?.iter()? {
+            let (key, value) = row?;
+            let volume = VolumeId(key.value());
+            let count = unseal(&volume.0.to_le_bytes(), value.value())
+                .and_then(|body| body.try_into().ok())
+                .map(u64::from_le_bytes)
+                .ok_or(MetadataError::Damaged { table: "counts" })?;
+            counts.insert(volume, count);
+        }
+        Ok(counts)
     }
 
     /// The last entry that a shard's chunks hold, and a view of them, as of one moment.
@@ -363,7 +426,7 @@ fn is_forward(bounds: &RowBounds) -> bool {
 
 /// Opens the table of chunks.
 pub(crate) fn chunk_table(txn: &WriteTransaction) -> Result<ChunkTable<'_>, MetadataError> {
-    Ok(txn.open_table(CHUNKS)?)
+    Ok(ChunkTable { rows: txn.open_table(CHUNKS)?, counts: CountChanges::new() })
 }
 
 /// The home of a chunk as the transaction has it.
@@ -371,7 +434,7 @@ pub(crate) fn get_chunk(
     table: &ChunkTable<'_>,
     key: ChunkKey,
 ) -> Result<Option<ChunkMeta>, MetadataError> {
-    let Some(value) = table.get((key.0.0, key.1.0))? else { return Ok(None) };
+    let Some(value) = table.rows.get((key.0.0, key.1.0))? else { return Ok(None) };
     decode_chunk(key, value.value()).map(Some)
 }
 
@@ -382,33 +445,38 @@ pub(crate) fn put_chunk(
     meta: Option<&ChunkMeta>,
 ) -> Result<(), MetadataError> {
     let row = (key.0.0, key.1.0);
-    match meta {
-        Some(meta) => table.insert(row, &meta.encode(key))?,
-        None => table.remove(row)?,
+    let had_one = match meta {
+        Some(meta) => table.rows.insert(row, &meta.encode(key))?.is_some(),
+        None => table.rows.remove(row)?.is_some(),
     };
+    table.count(key.0, i64::from(meta.is_some()) - i64::from(had_one));
     Ok(())
 }
 
-/// Removes the homes of all chunks of `range` that changed last before the entry `index`; `removed`
-/// is told each.
+/// Removes the homes of chunks of `chunks` that changed last before the entry `index`, at most
+/// `max` of them; `removed` is told each. Returns where to go on, if there may be more.
 pub(crate) fn remove_chunks(
     table: &mut ChunkTable<'_>,
     volume: VolumeId,
     chunks: &Range<ChunkIndex>,
     index: LogIndex,
+    max: usize,
     mut removed: impl FnMut(ChunkMeta),
-) -> Result<(), MetadataError> {
+) -> Result<Option<ChunkIndex>, MetadataError> {
     // A damaged value is taken out, too, to be noticed below.
     let is_older = |(_, chunk): (u64, u64), value: &[u8; CHUNK_META_BYTES]| {
         let meta = ChunkMeta::decode((volume, ChunkIndex(chunk)), value);
         meta.is_none_or(|meta| meta.last_index < index)
     };
-    for row in table.extract_from_if(chunk_bounds(volume, chunks), is_older)? {
+    let (mut count, mut last) = (0, None);
+    for row in table.rows.extract_from_if(chunk_bounds(volume, chunks), is_older)?.take(max) {
         let (key, value) = row?;
         let chunk = ChunkIndex(key.value().1);
         removed(decode_chunk((volume, chunk), value.value())?);
+        (count, last) = (count + 1, Some(chunk));
     }
-    Ok(())
+    table.count(volume, -i64::try_from(count).expect("bounded by `max`"));
+    Ok(last.filter(|_| count == max).map(ChunkIndex::next))
 }
 
 /// Removes the homes of a shard's chunks with keys in `(after, through]` for which `is_absent`
@@ -425,10 +493,12 @@ pub(crate) fn remove_absent(
         return Ok(());
     }
     let key = |(volume, chunk): (u64, u64)| (VolumeId(volume), ChunkIndex(chunk));
-    for row in table.extract_from_if::<(u64, u64), _>(bounds, |at, _| is_absent(key(at)))? {
+    let ChunkTable { rows, counts } = table;
+    for row in rows.extract_from_if::<(u64, u64), _>(bounds, |at, _| is_absent(key(at)))? {
         let (at, value) = row?;
         let key = key(at.value());
         removed(key, decode_chunk(key, value.value())?);
+        *counts.entry(key.0).or_default() -= 1;
     }
     Ok(())
 }
@@ -455,37 +525,96 @@ pub(crate) fn put_members(
     Ok(())
 }
 
-/// Stores volumes.
-pub(crate) fn put_volumes<'a>(
+type VolumeTable<'txn> = Table<'txn, u64, &'static [u8]>;
+type SessionTable<'txn> = Table<'txn, (u32, u128), &'static [u8]>;
+
+fn put_volume(table: &mut VolumeTable<'_>, info: &VolumeInfo) -> Result<(), MetadataError> {
+    let value = seal(&info.id.0.to_le_bytes(), encode_volume(info));
+    table.insert(info.id.0, &*value)?;
+    Ok(())
+}
+
+fn put_session(
+    table: &mut SessionTable<'_>,
+    shard: ShardId,
+    id: SessionId,
+    session: &Session,
+) -> Result<(), MetadataError> {
+    let value = seal(&session_key(shard, id), session.encode());
+    table.insert((shard.0, id.0), &*value)?;
+    Ok(())
+}
+
+/// Stores volumes that changed, and forgets those that are gone.
+pub(crate) fn put_volumes(
     txn: &WriteTransaction,
-    volumes: impl IntoIterator<Item = &'a VolumeInfo>,
+    changes: &VolumeChanges,
 ) -> Result<(), MetadataError> {
     let mut table = txn.open_table(VOLUMES)?;
-    for info in volumes {
-        let value = seal(&info.id.0.to_le_bytes(), encode_volume(info));
-        table.insert(info.id.0, &*value)?;
+    for (id, info) in changes {
+        match info {
+            Some(info) => put_volume(&mut table, info)?,
+            None => _ = table.remove(id.0)?,
+        }
     }
     Ok(())
 }
 
-/// Forgets all volumes of `shard`.
-pub(crate) fn remove_volumes(txn: &WriteTransaction, shard: ShardId) -> Result<(), MetadataError> {
-    let volumes = shard_volumes(shard);
-    txn.open_table(VOLUMES)?.retain_in(volumes.start().0..=volumes.end().0, |_, _| false)?;
+/// Puts these in the place of all volumes of `shard`.
+pub(crate) fn replace_volumes(
+    txn: &WriteTransaction,
+    shard: ShardId,
+    volumes: &Volumes,
+) -> Result<(), MetadataError> {
+    let ids = shard_volumes(shard);
+    let mut table = txn.open_table(VOLUMES)?;
+    table.retain_in(ids.start().0..=ids.end().0, |_, _| false)?;
+    volumes.iter().try_for_each(|info| put_volume(&mut table, info))
+}
+
+/// Stores sessions of `shard` that changed, and forgets those that have ended.
+pub(crate) fn put_sessions(
+    txn: &WriteTransaction,
+    shard: ShardId,
+    changes: &SessionChanges,
+) -> Result<(), MetadataError> {
+    let mut table = txn.open_table(SESSIONS)?;
+    for (id, session) in changes {
+        match session {
+            Some(session) => put_session(&mut table, shard, *id, session)?,
+            None => _ = table.remove((shard.0, id.0))?,
+        }
+    }
     Ok(())
 }
 
-/// Replaces all sessions of `shard`.
-pub(crate) fn put_sessions<'a>(
+/// Puts these in the place of all sessions of `shard`.
+pub(crate) fn replace_sessions(
     txn: &WriteTransaction,
     shard: ShardId,
-    sessions: impl IntoIterator<Item = (&'a SessionId, &'a Session)>,
+    sessions: &Sessions,
 ) -> Result<(), MetadataError> {
     let mut table = txn.open_table(SESSIONS)?;
     table.retain_in((shard.0, 0)..=(shard.0, u128::MAX), |_, _| false)?;
-    for (id, session) in sessions {
-        let value = seal(&session_key(shard, *id), session.encode());
-        table.insert((shard.0, id.0), &*value)?;
+    sessions.iter().try_for_each(|(id, session)| put_session(&mut table, shard, id, session))
+}
+
+fn encode_count(volume: VolumeId, count: u64) -> Vec<u8> {
+    seal(&volume.0.to_le_bytes(), count.to_le_bytes().to_vec())
+}
+
+/// Stores how many chunks volumes have at home.
+pub(crate) fn put_counts(
+    txn: &WriteTransaction,
+    counts: impl IntoIterator<Item = (VolumeId, u64)>,
+) -> Result<(), MetadataError> {
+    let mut table = txn.open_table(COUNTS)?;
+    for (volume, count) in counts {
+        if count == 0 {
+            table.remove(volume.0)?;
+        } else {
+            table.insert(volume.0, &*encode_count(volume, count))?;
+        }
     }
     Ok(())
 }
@@ -502,4 +631,97 @@ pub(crate) fn put_regions(
         table.insert(region, &*seal(&region.to_le_bytes(), body))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use nbd_log::io::MemoryDisk;
+
+    use super::super::meta::Slot;
+    use super::*;
+
+    const SHARD: ShardId = ShardId(2);
+
+    fn home(slot: u64) -> ChunkMeta {
+        let mut meta = ChunkMeta::new(Slot(slot));
+        meta.set_zero(0);
+        meta
+    }
+
+    fn open(disk: &MemoryDisk) -> Result<Database, MetadataError> {
+        Database::open(disk, std::iter::once(SHARD))
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let golden = include_str!("../../tests/golden/records.txt");
+        let count = encode_count(VolumeId(0x3_0000_0001), 1_234_567);
+        assert_eq!(count, crate::golden::bytes(golden, "count"));
+    }
+
+    #[test]
+    fn what_comes_and_goes_is_counted() {
+        let disk = MemoryDisk::new(1);
+        let database = open(&disk).unwrap();
+        let txn = database.write().unwrap();
+        let mut table = chunk_table(&txn).unwrap();
+        let (a, b) = (VolumeId::new(SHARD, 1), VolumeId::new(SHARD, 2));
+        for chunk in 0..10 {
+            put_chunk(&mut table, (a, ChunkIndex(chunk)), Some(&home(chunk))).unwrap();
+        }
+        put_chunk(&mut table, (a, ChunkIndex(0)), Some(&home(50))).unwrap();
+        put_chunk(&mut table, (b, ChunkIndex(7)), Some(&home(51))).unwrap();
+        put_chunk(&mut table, (b, ChunkIndex(7)), None).unwrap();
+        put_chunk(&mut table, (b, ChunkIndex(7)), None).unwrap();
+        let all = ChunkIndex(0)..ChunkIndex(100);
+        let mut removed = 0;
+        let some = |table: &mut _, chunks: &_, max, removed: &mut i32| {
+            remove_chunks(table, a, chunks, LogIndex(1), max, |_| *removed += 1).unwrap()
+        };
+        assert_eq!(some(&mut table, &all, 4, &mut removed), Some(ChunkIndex(4)));
+        let rest = ChunkIndex(4)..ChunkIndex(100);
+        assert_eq!(some(&mut table, &rest, 100, &mut removed), None);
+        assert_eq!(removed, 10);
+        put_chunk(&mut table, (a, ChunkIndex(3)), Some(&home(1))).unwrap();
+        put_chunk(&mut table, (b, ChunkIndex(3)), Some(&home(2))).unwrap();
+        let only_a = |(volume, _): ChunkKey| volume == a;
+        remove_absent(&mut table, SHARD, (None, None), only_a, |_, _| ()).unwrap();
+        assert_eq!(table.close(), [(a, 0), (b, 1)].into());
+    }
+
+    #[test]
+    fn a_database_of_the_version_before_is_brought_up_to_date() {
+        let disk = MemoryDisk::new(1);
+        let volume = VolumeId::new(SHARD, 1);
+        {
+            let database = open(&disk).unwrap();
+            let txn = database.write().unwrap();
+            let mut table = chunk_table(&txn).unwrap();
+            for chunk in [3, 5, 9] {
+                put_chunk(&mut table, (volume, ChunkIndex(chunk)), Some(&home(chunk))).unwrap();
+            }
+            table.close();
+            txn.delete_table(COUNTS).unwrap();
+            txn.open_table(FORMAT).unwrap().insert("version", FORMAT_WITHOUT_COUNTS).unwrap();
+            txn.commit().unwrap();
+        }
+        for _ in 0..2 {
+            assert_eq!(open(&disk).unwrap().counts().unwrap(), [(volume, 3)].into());
+        }
+        for unknown in [1, FORMAT_VERSION + 1] {
+            {
+                let database = open(&disk).unwrap();
+                let txn = database.write().unwrap();
+                txn.open_table(FORMAT).unwrap().insert("version", unknown).unwrap();
+                txn.commit().unwrap();
+            }
+            let refused = open(&disk).map(|_| ());
+            assert!(matches!(refused, Err(MetadataError::Version { found }) if found == unknown));
+            let file = disk.open(DATABASE_FILE, OpenMode::Existing).unwrap();
+            let database = Database::open_file(file).unwrap();
+            let txn = database.write().unwrap();
+            txn.open_table(FORMAT).unwrap().insert("version", FORMAT_VERSION).unwrap();
+            txn.commit().unwrap();
+        }
+    }
 }

@@ -12,15 +12,17 @@ pub(crate) mod meta;
 pub(crate) mod record;
 pub(crate) mod slots;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
 use nbd_log::io::DiskFile;
+use nbd_topology::ShardId;
 use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 
-use self::database::{Database, MetadataError};
+use self::database::{CountChanges, Database, MetadataError};
 use self::meta::{ChunkKey, ChunkMeta};
 use crate::ids::{ChunkIndex, VolumeId};
 
@@ -36,6 +38,8 @@ pub(crate) struct Base {
     /// Counts durable transactions. Held for reading while something is put in the cache, so that
     /// what was read before a transaction is never put there after it.
     generation: RwLock<u64>,
+    /// Chunks of each volume that have a home, as of the newest durable transaction.
+    counts: RwLock<BTreeMap<VolumeId, u64>>,
 }
 
 impl fmt::Debug for Base {
@@ -46,9 +50,52 @@ impl fmt::Debug for Base {
 
 impl Base {
     /// The base in these files, with a cache of `cache_bytes`.
-    pub(crate) fn new(database: Database, data: Arc<dyn DiskFile>, cache_bytes: usize) -> Self {
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub(crate) fn new(
+        database: Database,
+        data: Arc<dyn DiskFile>,
+        cache_bytes: usize,
+    ) -> Result<Self, MetadataError> {
         let cache = Cache::new((cache_bytes / CACHED_CHUNK_BYTES).max(64));
-        Self { database, data, cache, generation: RwLock::new(0) }
+        let counts = RwLock::new(database.counts()?);
+        Ok(Self { database, data, cache, generation: RwLock::new(0), counts })
+    }
+
+    /// Chunks of `volume` that have a home.
+    pub(crate) fn chunk_count(&self, volume: VolumeId) -> u64 {
+        self.counts.read().get(&volume).copied().unwrap_or(0)
+    }
+
+    /// Chunks of all volumes of `shard` that have a home.
+    pub(crate) fn chunks_of(&self, shard: ShardId) -> u64 {
+        let volumes = VolumeId::new(shard, 0)..=VolumeId::new(shard, u32::MAX);
+        self.counts.read().range(volumes).map(|(_, count)| count).sum()
+    }
+
+    /// What the counts are once `changes` have come about.
+    pub(crate) fn counts_after<'a>(
+        &'a self,
+        changes: &'a CountChanges,
+    ) -> impl Iterator<Item = (VolumeId, u64)> + 'a {
+        changes.iter().map(|(volume, change)| {
+            let after = self.chunk_count(*volume).checked_add_signed(*change);
+            (*volume, after.expect("every chunk that goes was counted"))
+        })
+    }
+
+    /// A transaction has become durable that changed the counts like this.
+    pub(crate) fn count(&self, changes: &CountChanges) {
+        let after: Vec<_> = self.counts_after(changes).collect();
+        let mut counts = self.counts.write();
+        for (volume, count) in after {
+            if count == 0 {
+                counts.remove(&volume);
+            } else {
+                counts.insert(volume, count);
+            }
+        }
     }
 
     /// The metadata database.
@@ -122,11 +169,9 @@ impl Base {
 
 #[cfg(test)]
 mod tests {
-    use nbd_log::io::{Disk, MemoryDisk, OpenMode};
-    use nbd_topology::ShardId;
-
     use super::*;
     use crate::chunk::meta::Slot;
+    use nbd_log::io::{Disk, MemoryDisk, OpenMode};
 
     const KEY: ChunkKey = (VolumeId(1), ChunkIndex(5));
 
@@ -141,7 +186,7 @@ mod tests {
         let disk = MemoryDisk::new(1);
         let database = Database::open(&disk, std::iter::once(ShardId(0))).unwrap();
         let data = disk.open("data", OpenMode::CreateNew).unwrap();
-        let base = Base::new(database, data, 1 << 16);
+        let base = Base::new(database, data, 1 << 16).unwrap();
         let (mut old, mut new) = (ChunkMeta::new(Slot(3)), ChunkMeta::new(Slot(4)));
         old.set_zero(0);
         new.set_zero(1);

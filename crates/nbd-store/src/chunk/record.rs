@@ -10,8 +10,12 @@
 //! volume (key: volume u64)
 //! 0          8              10                    12     12 + name
 //! +----------+--------------+---------------------+------+-------------+
-//! | size u64 | name len u16 | description len u16 | name | description |
+//! | size u64 | name len u16 | description len u16 | name | description | ...
 //! +----------+--------------+---------------------+------+-------------+
+//! then, unless all of it is 0 or none:
+//! +-------------+--------------+----------+-----------------+--------+
+//! | created u64 | modified u64 | key u128 | fingerprint u64 | labels |   labels: see `labels`
+//! +-------------+--------------+----------+-----------------+--------+
 //!
 //! shard (key: shard u32)
 //! 0             8              16       24       32         40            48               52
@@ -30,8 +34,10 @@ use nbd_log::log::{HardState, LogPosition};
 use nbd_topology::{LogIndex, ReplicaId, Term};
 
 use crate::ids::VolumeId;
+use crate::labels::{put_labels, take_labels};
 use crate::limits::{DESCRIPTION_BYTES_MAX, VOLUME_NAME_BYTES_MAX};
-use crate::outcome::VolumeInfo;
+use crate::members::Input;
+use crate::outcome::{VolumeInfo, shared_labels};
 
 /// Bytes of a sealed value's checksum.
 pub(crate) const SEAL_BYTES: usize = 4;
@@ -137,24 +143,34 @@ pub(crate) fn encode_volume(info: &VolumeInfo) -> Vec<u8> {
     out.extend(len(&info.description).to_le_bytes());
     out.extend(info.name.as_bytes());
     out.extend(info.description.as_bytes());
+    let VolumeInfo { created_ms, modified_ms, key, fingerprint, labels, .. } = info;
+    if (*created_ms, *modified_ms, *key, *fingerprint) != (0, 0, 0, 0) || !labels.is_empty() {
+        out.extend(created_ms.to_le_bytes());
+        out.extend(modified_ms.to_le_bytes());
+        out.extend(key.to_le_bytes());
+        out.extend(fingerprint.to_le_bytes());
+        put_labels(&mut out, labels);
+    }
     out
 }
 
 /// The volume in a record's body, or `None` if it is not one.
 pub(crate) fn decode_volume(id: VolumeId, body: &[u8]) -> Option<VolumeInfo> {
-    let (fixed, text) = body.split_first_chunk::<12>()?;
-    let size = u64::from_le_bytes(fixed[..8].try_into().expect("8 bytes"));
-    let name_len = usize::from(u16::from_le_bytes([fixed[8], fixed[9]]));
-    let description_len = usize::from(u16::from_le_bytes([fixed[10], fixed[11]]));
-    if text.len() != name_len + description_len
-        || name_len > VOLUME_NAME_BYTES_MAX
-        || description_len > DESCRIPTION_BYTES_MAX
-    {
+    let mut rest = Input(body);
+    let size = rest.u64()?;
+    let (name_len, description_len) = (usize::from(rest.u16()?), usize::from(rest.u16()?));
+    if name_len > VOLUME_NAME_BYTES_MAX || description_len > DESCRIPTION_BYTES_MAX {
         return None;
     }
-    let (name, description) = text.split_at(name_len);
+    let (name, description) = (rest.take(name_len)?, rest.take(description_len)?);
     let text = |bytes| std::str::from_utf8(bytes).ok();
-    Some(VolumeInfo { id, name: text(name)?.into(), size, description: text(description)?.into() })
+    let mut info = VolumeInfo::new(id, text(name)?, size, text(description)?);
+    if !rest.0.is_empty() {
+        (info.created_ms, info.modified_ms) = (rest.u64()?, rest.u64()?);
+        (info.key, info.fingerprint) = (rest.u128()?, rest.u64()?);
+        info.labels = shared_labels(take_labels(&mut rest)?);
+    }
+    rest.0.is_empty().then_some(info)
 }
 
 #[cfg(test)]
@@ -166,15 +182,23 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        let info = VolumeInfo {
-            id: VolumeId(0x3_0000_0001),
-            name: "vol-é".into(),
-            size: 1 << 30,
-            description: "a disk".into(),
-        };
+        let info = VolumeInfo::new(VolumeId(0x3_0000_0001), "vol-é", 1 << 30, "a disk");
         let key = info.id.0.to_le_bytes();
         let sealed = seal(&key, encode_volume(&info));
         assert_eq!(sealed, golden::bytes(GOLDEN, "volume"));
+        assert_eq!(decode_volume(info.id, unseal(&key, &sealed).unwrap()), Some(info));
+
+        let label = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let info = VolumeInfo {
+            labels: shared_labels([label("env", "prod"), label("app/tier", "é")].into()),
+            created_ms: 0x0a0b,
+            modified_ms: 0x0c0d,
+            key: 0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10,
+            fingerprint: 0x1122_3344_5566_7788,
+            ..VolumeInfo::new(VolumeId(0x3_0000_0001), "vol-é", 1 << 30, "a disk")
+        };
+        let sealed = seal(&key, encode_volume(&info));
+        assert_eq!(sealed, golden::bytes(GOLDEN, "labelled_volume"));
         assert_eq!(decode_volume(info.id, unseal(&key, &sealed).unwrap()), Some(info));
 
         let record = ShardRecord {
@@ -207,11 +231,16 @@ mod tests {
 
     #[test]
     fn volumes_that_do_not_add_up_are_refused() {
-        let info =
-            VolumeInfo { id: VolumeId(1), name: "n".into(), size: 4096, description: "d".into() };
+        let info = VolumeInfo::new(VolumeId(1), "n", 4096, "d");
         let body = encode_volume(&info);
         for len in 0..body.len() {
             assert_eq!(decode_volume(info.id, &body[..len]), None);
         }
+        let with_tail = encode_volume(&VolumeInfo { modified_ms: 5, ..info.clone() });
+        for len in body.len() + 1..with_tail.len() {
+            assert_eq!(decode_volume(info.id, &with_tail[..len]), None);
+        }
+        let longer = [&with_tail[..], &[0]].concat();
+        assert_eq!(decode_volume(info.id, &longer), None);
     }
 }

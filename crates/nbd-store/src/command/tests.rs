@@ -1,5 +1,7 @@
 use super::*;
+use crate::Labels;
 use crate::golden;
+use crate::limits::VOLUME_NAME_BYTES_MAX;
 use crate::members::{ReplicaAddresses, decode_registration};
 
 const GOLDEN: &str = include_str!("../../tests/golden/commands.txt");
@@ -31,7 +33,39 @@ fn all() -> Vec<(&'static str, Bytes)> {
             "register_replica",
             encode_register_replica(&registration(), ReplicaId::new(4).unwrap()).unwrap(),
         ),
+        ("new_volume", encode_new_volume(&new_volume(&labels())).unwrap()),
+        ("update_volume", encode_update_volume(VOLUME, &update(&labels())).unwrap()),
+        ("resize_volume", encode_resize_volume(VOLUME, None, 1 << 20, true, 0x0a0b)),
+        ("delete_volume", encode_delete_volume(VOLUME, false)),
+        ("delete_volume_by_force", encode_delete_volume(VOLUME, true)),
+        ("cordon_node", encode_cordon_node(&"nbd-1-2".parse().unwrap(), true)),
+        ("set_replacement", encode_set_replacement(replica(3), Some(replica(4)))),
+        ("forget_replacement", encode_set_replacement(replica(3), None)),
     ]
+}
+
+fn replica(id: u64) -> ReplicaId {
+    ReplicaId::new(id).unwrap()
+}
+
+fn labels() -> Labels {
+    let label = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    [label("env", "prod"), label("app/tier", "é")].into()
+}
+
+fn new_volume(labels: &Labels) -> NewVolume<'_> {
+    let key = Some(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10);
+    NewVolume { name: "vol-é", size: 1 << 30, description: "a disk", labels, key, now_ms: 0x0a0b }
+}
+
+fn update(labels: &Labels) -> VolumeUpdate<'_> {
+    static REMOVED: std::sync::LazyLock<[String; 1]> = std::sync::LazyLock::new(|| ["old".into()]);
+    VolumeUpdate {
+        description: Some("text"),
+        set_labels: Some(labels),
+        remove_labels: &*REMOVED,
+        now_ms: 0x0a0b,
+    }
 }
 
 #[test]
@@ -53,6 +87,7 @@ fn what_is_encoded_is_decoded() {
     let expected = CommandHeader {
         kind: CommandKind::Write,
         no_hole: false,
+        force: false,
         session: SESSION,
         epoch: EPOCH,
         seq: 9,
@@ -63,13 +98,70 @@ fn what_is_encoded_is_decoded() {
     assert_eq!(write.header, expected);
     assert!(!decoded[2].header.no_hole && decoded[3].header.no_hole);
     let body = CreateVolumeBody::decode(&entry[decoded[6].payload.clone()]).unwrap();
-    assert_eq!(body, CreateVolumeBody { name: "vol-é", description: "a disk" });
+    assert_eq!((body.name, body.description), ("vol-é", "a disk"));
+    assert_eq!((body.now_ms, body.key, body.labels), (0, 0, Labels::new()));
     assert_eq!(decoded[7].header.length.cast_signed(), -1);
     for owned in [&decoded[4], &decoded[8]] {
         assert_eq!((owned.header.offset, owned.header.length), (OWNER.node, OWNER.incarnation));
     }
     let found = decode_registration(&entry[decoded[9].payload.clone()]);
     assert_eq!(found, Some(registration()));
+    let labels = labels();
+    let body = CreateVolumeBody::decode(&entry[decoded[10].payload.clone()]).unwrap();
+    let new = new_volume(&labels);
+    assert_eq!((body.name, body.description), ("vol-é", "a disk"));
+    assert_eq!((body.now_ms, body.key), (0x0a0b, new.key.unwrap()));
+    assert_eq!((body.fingerprint, &body.labels), (new.fingerprint(), &labels));
+    let body = UpdateVolumeBody::decode(&entry[decoded[11].payload.clone()]).unwrap();
+    assert_eq!((body.description, &body.set_labels), (Some("text"), &labels));
+    assert_eq!(body.remove_labels, ["old"]);
+    let resize = &decoded[12].header;
+    assert_eq!((resize.length, resize.offset, resize.force), (1 << 20, 0x0a0b, true));
+    assert!(!decoded[13].header.force && decoded[14].header.force);
+    assert_eq!(entry[decoded[15].payload.clone()], *b"nbd-1-2");
+    assert_eq!((decoded[16].header.offset, decoded[16].header.length), (3, 4));
+    assert_eq!((decoded[17].header.offset, decoded[17].header.length), (3, 0));
+}
+
+#[test]
+fn bodies_about_volumes_are_whole_or_refused() {
+    let labels = labels();
+    let create = encode_new_volume(&new_volume(&labels)).unwrap();
+    let body = &create[COMMAND_HEADER_BYTES..];
+    let without_tail = 4 + "vol-é".len() + "a disk".len();
+    for len in 0..body.len() {
+        assert_eq!(CreateVolumeBody::decode(&body[..len]).is_ok(), len == without_tail, "{len}");
+    }
+    let longer = [body, &[0]].concat();
+    assert_eq!(CreateVolumeBody::decode(&longer), Err(CommandError::BadLength));
+    let update = encode_update_volume(VOLUME, &update(&labels)).unwrap();
+    let body = &update[COMMAND_HEADER_BYTES..];
+    for len in 0..body.len() {
+        assert!(UpdateVolumeBody::decode(&body[..len]).is_err(), "{len}");
+    }
+    let nothing = encode_update_volume(VOLUME, &VolumeUpdate::default()).unwrap();
+    let nothing = UpdateVolumeBody::decode(&nothing[COMMAND_HEADER_BYTES..]).unwrap();
+    assert_eq!((nothing.description, nothing.set_labels.len()), (None, 0));
+    let bad = Labels::from([("a b".to_owned(), String::new())]);
+    assert_eq!(encode_new_volume(&new_volume(&bad)), Err(CommandError::BadLabels));
+    let removed = ["a b".to_owned()];
+    let bad = VolumeUpdate { remove_labels: &removed, ..VolumeUpdate::default() };
+    assert_eq!(encode_update_volume(VOLUME, &bad), Err(CommandError::BadLabels));
+}
+
+#[test]
+fn fingerprints_tell_what_was_asked_for() {
+    let (some, none) = (labels(), Labels::new());
+    let new = new_volume(&some);
+    let same = NewVolume { key: None, now_ms: 9, ..new };
+    assert_eq!(same.fingerprint(), new.fingerprint(), "whoever asks, and whenever");
+    let others = [
+        NewVolume { name: "vol", ..new },
+        NewVolume { size: 4096, ..new },
+        NewVolume { description: "a dis", ..new },
+        NewVolume { labels: &none, ..new },
+    ];
+    assert!(others.iter().all(|other| other.fingerprint() != new.fingerprint()));
 }
 
 #[test]

@@ -39,6 +39,56 @@ fn golden_bytes() {
     let sealed = crate::chunk::record::seal(&3_u32.to_le_bytes(), members.encode());
     let golden = include_str!("../../tests/golden/records.txt");
     assert_eq!(sealed, golden::bytes(golden, "members"));
+    members.cordon("nbd-1-2".parse().unwrap(), true).unwrap();
+    members.replace(id(1), Some(id(2))).unwrap();
+    let sealed = crate::chunk::record::seal(&3_u32.to_le_bytes(), members.encode());
+    assert_eq!(sealed, golden::bytes(golden, "members_with_plans"));
+    let body = members.encode();
+    assert_eq!(Members::decode(&body), Some(members));
+    // Without its last part it is a record of the version before.
+    let before = body.len() - (8 + 2 + 7 + 16);
+    for len in 0..body.len() {
+        assert_eq!(Members::decode(&body[..len]).is_some(), len == before, "{len}");
+    }
+}
+
+#[test]
+fn cordoned_nodes_are_bounded() {
+    let mut members = three();
+    let name = |n: usize| format!("node-{n}").parse().unwrap();
+    (0..CORDONED_MAX).for_each(|n| members.cordon(name(n), true).unwrap());
+    assert_eq!(members.cordon(name(CORDONED_MAX), true), Err(Rejection::LimitReached));
+    members.cordon(name(0), true).unwrap();
+    members.cordon(name(0), false).unwrap();
+    members.cordon(name(CORDONED_MAX), true).unwrap();
+    assert_eq!(members.cordoned.len(), CORDONED_MAX);
+}
+
+#[test]
+fn replacements_end_with_either_replica() {
+    let mut members = three();
+    let new = register(&mut members, registration("d", 0xd0)).unwrap().id;
+    for (old, new) in [(id(1), id(1)), (id(9), new), (new, id(1)), (id(1), id(9))] {
+        assert_eq!(members.replace(old, Some(new)), Err(Rejection::BadCommand), "{old} {new}");
+    }
+    members.replace(id(1), Some(new)).unwrap();
+    members.replace(id(1), None).unwrap();
+    assert!(members.replacements.is_empty());
+    for leaves in [id(1), new] {
+        let mut members = members.clone();
+        members.change(MembershipChange::AddLearner(new));
+        members.replace(id(1), Some(new)).unwrap();
+        members.replace(id(2), Some(id(3))).unwrap();
+        members.change(MembershipChange::Remove(leaves));
+        assert_eq!(members.replacements, [(id(2), id(3))].into());
+    }
+    // Who is to replace somebody is not forgotten for want of room.
+    members.replace(id(1), Some(new)).unwrap();
+    for n in 0..2 * REPLICAS_KNOWN_MAX as u128 {
+        register(&mut members, registration("wiped", 0x1000 + n)).unwrap();
+    }
+    assert!(members.replicas.contains_key(&new));
+    assert_eq!(members.replacements, [(id(1), new)].into());
 }
 
 #[test]

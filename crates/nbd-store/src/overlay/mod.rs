@@ -17,7 +17,7 @@ pub(crate) use self::chunk::{
     BlockBase, Fragment, FragmentSource, LogBlock, OverlayChunk, ZeroKind, mask_of,
 };
 use crate::ids::{ChunkIndex, VolumeId};
-use crate::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, CHUNK_BYTES, to_usize};
+use crate::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, CHUNK_BYTES, CHUNKS_PER_VOLUME_MAX, to_usize};
 
 /// A run of whole chunks that became zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +83,9 @@ pub(crate) struct Overlay {
     volumes: BTreeMap<VolumeId, VolumeOverlay>,
     pending_chunks: u64,
     has_cleared: bool,
+    /// What was there of volumes that were deleted since. Kept until the overlay goes, for whoever
+    /// applies entries has no time to take it apart.
+    discarded: Vec<VolumeOverlay>,
 }
 
 /// Blocks of `[offset, offset + len)` chunk by chunk: (chunk, first block, end block).
@@ -378,6 +381,18 @@ impl Overlay {
                 v.zero_part(index, last * BLOCK_BYTES, end);
             }
         });
+    }
+
+    /// The entry at `index` deletes `volume`: all of it is holes. Takes the same time whatever the
+    /// overlay has of it.
+    pub(crate) fn delete(&mut self, volume: VolumeId, index: LogIndex) {
+        self.has_cleared = true;
+        if let Some(old) = self.volumes.remove(&volume) {
+            self.pending_chunks -= old.pending_chunks();
+            self.discarded.push(old);
+        }
+        let blocks = CHUNKS_PER_VOLUME_MAX * BLOCKS_PER_CHUNK as u64;
+        self.change(volume, |v| v.clear(index, 0, blocks, ZeroKind::Hole));
     }
 
     /// Lays `newer` over this overlay.

@@ -12,19 +12,24 @@
 //! ```
 //!
 //! - [`state`]: applying commands; the verdict comes from the log alone.
+//! - [`catalogue`], [`sessions`]: which volumes there are, and who is attached to them.
 //! - [`session`]: each mutation of a session counts once.
 //! - [`reader`]: lookups and [`reader::ShardReader::resolve`].
 //! - [`plan`]: [`plan::ReadPlan`], which fetches and verifies without the lock.
+//! - [`list`]: volumes, page by page.
 //! - [`status`]: which ranges are holes or zeroes.
 //! - [`pins`]: when nobody reads a place any more.
 //!
 //! **Invariant.** The lock is never held across I/O, and only the writer and the checkpointer take
 //! it for writing.
 
+pub(crate) mod catalogue;
+pub(crate) mod list;
 pub(crate) mod pins;
 pub(crate) mod plan;
 pub(crate) mod reader;
 pub(crate) mod session;
+pub(crate) mod sessions;
 mod source;
 pub(crate) mod state;
 pub(crate) mod status;

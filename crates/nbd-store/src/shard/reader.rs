@@ -1,17 +1,20 @@
 //! Looking things up in a shard.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use nbd_topology::{LogIndex, Membership, ShardId};
+use nbd_topology::{LogIndex, Membership, NodeName, ReplicaId, ShardId};
 
 use super::Shard;
 use super::plan::{ReadError, ReadPlan, Source};
 use super::state::ShardState;
 use super::status::{self, Extent};
 use crate::chunk::meta::{ChunkMeta, HomeBlock};
-use crate::ids::{ChunkIndex, VolumeId};
-use crate::limits::{BLOCK_BYTES, BLOCKS_PER_CHUNK, READ_BYTES_MAX, to_usize};
+use crate::ids::{ChunkIndex, SessionId, VolumeId};
+use crate::limits::{
+    BLOCK_BYTES, BLOCKS_PER_CHUNK, CHUNK_BYTES, LOOKED_AT_PER_LOCK, READ_BYTES_MAX, to_usize,
+};
 use crate::members::{Formation, ReplicaInfo};
 use crate::outcome::{SessionInfo, VolumeInfo};
 use crate::overlay::{BlockBase, Layer, VolumeOverlay, ZeroKind};
@@ -170,26 +173,176 @@ impl ShardReader {
         self.shard.state.read().metadata.volumes.by_name(name).cloned()
     }
 
-    /// All volumes, oldest first.
+    /// All volumes, oldest first. One that is created or deleted meanwhile may be among them.
     #[must_use]
     pub fn volumes(&self) -> Vec<VolumeInfo> {
-        let volumes = Arc::clone(&self.shard.state.read().metadata.volumes);
-        volumes.iter().cloned().collect()
+        let (mut found, mut more) = self.volumes_after(VolumeId(0), LOOKED_AT_PER_LOCK);
+        while more && let Some(last) = found.last().map(|volume| volume.id) {
+            let (page, is_more) = self.volumes_after(last, LOOKED_AT_PER_LOCK);
+            found.extend(page);
+            more = is_more;
+        }
+        found
+    }
+
+    /// At most `limit` volumes with higher ids than `after`, oldest first, and whether there may be
+    /// more.
+    #[must_use]
+    pub fn volumes_after(&self, after: VolumeId, limit: usize) -> (Vec<VolumeInfo>, bool) {
+        let state = self.shard.state.read();
+        let found: Vec<_> =
+            state.metadata.volumes.created_after(after).take(limit).cloned().collect();
+        let more = found.len() == limit;
+        (found, more)
+    }
+
+    /// How many volumes there are.
+    #[must_use]
+    pub fn volume_count(&self) -> usize {
+        self.shard.state.read().metadata.volumes.len()
+    }
+
+    /// Bytes that all volumes have together, whatever of them is allocated.
+    #[must_use]
+    pub fn provisioned_bytes(&self) -> u64 {
+        self.shard.state.read().metadata.volumes.provisioned_bytes()
+    }
+
+    /// Bytes of the data file that `volume` takes up, a multiple of 64 KiB: what it had at the last
+    /// checkpoint, and what was written since where it had nothing. What was cleared since, or
+    /// belonged to a volume that was deleted since, still counts. **Blocks**: each chunk that was
+    /// written since is looked up.
+    ///
+    /// # Errors
+    /// A failure of the database.
+    pub fn allocated_bytes(&self, volume: VolumeId) -> Result<u64, ReadError> {
+        let new = self.without_home(Some(volume))?;
+        Ok((self.shard.base.chunk_count(volume) + new) * CHUNK_BYTES)
+    }
+
+    /// The same of all volumes of the shard.
+    ///
+    /// # Errors
+    /// A failure of the database.
+    pub fn allocated_total(&self) -> Result<u64, ReadError> {
+        let new = self.without_home(None)?;
+        Ok((self.shard.base.chunks_of(self.shard.id) + new) * CHUNK_BYTES)
+    }
+
+    /// Chunks that the overlays have something of, and that have no home; of one volume or of all.
+    fn without_home(&self, only: Option<VolumeId>) -> Result<u64, ReadError> {
+        let mut found: Vec<(VolumeId, ChunkIndex)> = Vec::new();
+        let mut zeroed: Vec<(VolumeId, Range<u64>)> = Vec::new();
+        {
+            let state = self.shard.state.read();
+            let frozen = state.frozen.as_ref().map(|frozen| &frozen.overlay);
+            for overlay in [Some(&state.active), frozen].into_iter().flatten() {
+                for (id, volume) in overlay.volumes() {
+                    if only.is_some_and(|only| only != id) {
+                        continue;
+                    }
+                    let ranges = volume.cleared().filter(|(_, range)| range.kind == ZeroKind::Zero);
+                    zeroed.extend(ranges.map(|(start, range)| (id, start.0..range.end.0)));
+                    let chunks = volume.chunks().filter(|(_, chunk)| !chunk.is_hole());
+                    found.extend(chunks.map(|(at, _)| (id, at)));
+                }
+            }
+        }
+        // Sorted without the lock, which holds up applying.
+        let mut changed: BTreeMap<VolumeId, BTreeSet<ChunkIndex>> = BTreeMap::new();
+        for (id, at) in found {
+            changed.entry(id).or_default().insert(at);
+        }
+        let mut homeless = 0;
+        for (volume, mut chunks) in changed {
+            for (_, range) in zeroed.iter().filter(|(of, _)| *of == volume) {
+                chunks
+                    .extract_if(ChunkIndex(range.start)..ChunkIndex(range.end), |_| true)
+                    .for_each(drop);
+            }
+            let homes = self.shard.base.load(volume, chunks)?;
+            homeless += homes.iter().filter(|(_, home)| home.is_none()).count() as u64;
+        }
+        for (volume, range) in zeroed {
+            homeless += self.homeless(volume, std::iter::once(range))?;
+        }
+        Ok(homeless)
     }
 
     /// All open sessions.
     #[must_use]
     pub fn sessions(&self) -> Vec<SessionInfo> {
         let state = self.shard.state.read();
-        let sessions = state.metadata.sessions.iter();
-        sessions
-            .map(|(id, session)| SessionInfo {
-                id: *id,
-                epoch: session.epoch,
-                volume: session.volume,
-                owner: session.owner,
-            })
-            .collect()
+        state.metadata.sessions.iter().map(|(id, session)| session.info(id)).collect()
+    }
+
+    /// Those of `sessions` that are not open, or not any more.
+    #[must_use]
+    pub fn not_open(&self, sessions: impl IntoIterator<Item = SessionId>) -> BTreeSet<SessionId> {
+        let state = self.shard.state.read();
+        let is_open = |id: &SessionId| state.metadata.sessions.get(*id).is_some();
+        sessions.into_iter().filter(|id| !is_open(id)).collect()
+    }
+
+    /// The session with this id.
+    #[must_use]
+    pub fn session(&self, id: SessionId) -> Option<SessionInfo> {
+        self.shard.state.read().metadata.sessions.get(id).map(|session| session.info(id))
+    }
+
+    /// How many sessions are open.
+    #[must_use]
+    pub fn session_count(&self) -> usize {
+        self.shard.state.read().metadata.sessions.len()
+    }
+
+    /// How many sessions `volume` has.
+    #[must_use]
+    pub fn sessions_of(&self, volume: VolumeId) -> usize {
+        let state = self.shard.state.read();
+        state.metadata.sessions.of_volume(volume, SessionId::NONE).count()
+    }
+
+    /// At most `limit` sessions with higher ids than `after` ([`SessionId::NONE`]: from the first),
+    /// by id, of `volume` or of all, and whether there may be more.
+    #[must_use]
+    pub fn sessions_after(
+        &self,
+        volume: Option<VolumeId>,
+        after: SessionId,
+        limit: usize,
+    ) -> (Vec<SessionInfo>, bool) {
+        let state = self.shard.state.read();
+        let sessions = &state.metadata.sessions;
+        let found: Vec<SessionInfo> = match volume {
+            None => {
+                sessions.after(after).take(limit).map(|(id, session)| session.info(id)).collect()
+            }
+            Some(volume) => {
+                let ids = sessions.of_volume(volume, after).take(limit);
+                ids.filter_map(|id| Some(sessions.get(id)?.info(id))).collect()
+            }
+        };
+        let more = found.len() == limit;
+        (found, more)
+    }
+
+    /// Nodes that are cordoned, by name.
+    #[must_use]
+    pub fn cordoned(&self) -> BTreeSet<NodeName> {
+        self.shard.state.read().metadata.members.cordoned.clone()
+    }
+
+    /// Whether `node` is cordoned.
+    #[must_use]
+    pub fn is_cordoned(&self, node: &NodeName) -> bool {
+        self.shard.state.read().metadata.members.cordoned.contains(node)
+    }
+
+    /// By which replica a member is to be replaced.
+    #[must_use]
+    pub fn replacements(&self) -> BTreeMap<ReplicaId, ReplicaId> {
+        self.shard.state.read().metadata.members.replacements.clone()
     }
 
     /// Finds out where `[offset, offset + len)` lies as of now. No I/O, about a microsecond for a

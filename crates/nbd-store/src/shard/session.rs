@@ -13,9 +13,9 @@
 //! Bit `seq % 256` of `applied` (byte `n / 8`, bit `n % 8`) stands for `seq` in `[low, low + 256)`.
 //! A rejected mutation counts as applied and is listed as `seq u64 | code u8 | 7 x 0`.
 
-use crate::ids::{Epoch, Owner, VolumeId};
+use crate::ids::{Epoch, Owner, SessionId, VolumeId};
 use crate::limits::{SESSION_WINDOW, to_usize};
-use crate::outcome::{Outcome, Rejection};
+use crate::outcome::{Outcome, Rejection, SessionInfo};
 
 const WORDS: usize = to_usize(SESSION_WINDOW / 64);
 const APPLIED_AT: usize = 40;
@@ -53,6 +53,11 @@ impl Session {
     /// A session that has applied nothing.
     pub(crate) const fn new(epoch: Epoch, volume: VolumeId, owner: Owner) -> Self {
         Self { epoch, volume, owner, low: 0, applied: [0; WORDS], rejected: Vec::new() }
+    }
+
+    /// What others are told of it.
+    pub(crate) const fn info(&self, id: SessionId) -> SessionInfo {
+        SessionInfo { id, epoch: self.epoch, volume: self.volume, owner: self.owner }
     }
 
     const fn place(seq: u64) -> (usize, u64) {

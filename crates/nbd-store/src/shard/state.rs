@@ -1,36 +1,32 @@
 //! What the lock of a shard guards, and how a command changes it.
 
 use std::collections::BTreeMap;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use nbd_log::log::LogPosition;
 use nbd_topology::{LogIndex, ReplicaId, ShardId, Term};
 
 use super::Applied;
+use super::catalogue::{VolumeChanges, Volumes};
 use super::pins::Pin;
 use super::session::{Seen, Session};
+use super::sessions::{SessionChanges, Sessions};
 use crate::chunk::database::{Contents, MetadataError};
 use crate::chunk::record::ShardRecord;
-use crate::command::{CommandHeader, CommandKind, CreateVolumeBody, DecodedCommand, decode_all};
+use crate::command::{
+    CommandHeader, CommandKind, CreateVolumeBody, DecodedCommand, UpdateVolumeBody, decode_all,
+};
 use crate::fault::Faults;
 use crate::ids::{Epoch, Owner, SessionId, VolumeId};
 use crate::limits::{
-    SESSIONS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUME_SIZE_MULTIPLE, VOLUMES_MAX,
+    LABELS_MAX, SESSIONS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN, VOLUME_SIZE_MULTIPLE, VOLUMES_MAX,
 };
-use crate::members::{Members, decode_registration};
-use crate::outcome::{Outcome, Rejection, VolumeInfo};
+use crate::members::{Members, decode_node, decode_registration};
+use crate::outcome::{Labels, Outcome, Rejection, VolumeInfo, shared_labels};
 use crate::overlay::{Overlay, ZeroKind};
 
-/// Volumes by id and by name. Both maps hold the same volumes.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Volumes {
-    by_id: BTreeMap<VolumeId, VolumeInfo>,
-    by_name: HashMap<Arc<str>, VolumeId>,
-}
-
 /// Everything that applying changes, except what lies in volumes.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Metadata {
     /// The last entry applied.
     pub(crate) applied: LogIndex,
@@ -40,11 +36,24 @@ pub(crate) struct Metadata {
     pub(crate) counter: i64,
     /// Number of volumes ever created.
     pub(crate) volumes_created: u32,
-    /// Shared with the frozen copy until the next volume is created.
-    pub(crate) volumes: Arc<Volumes>,
+    /// The volumes.
+    pub(crate) volumes: Volumes,
     /// Open sessions.
-    pub(crate) sessions: BTreeMap<SessionId, Session>,
+    pub(crate) sessions: Sessions,
     /// The shard's replicas. Shared with the frozen copy until the next change.
+    pub(crate) members: Arc<Members>,
+}
+
+/// The metadata as it was at a freeze, of volumes and sessions only what changed since the last
+/// checkpoint.
+#[derive(Debug)]
+pub(crate) struct FrozenMetadata {
+    pub(crate) applied: LogIndex,
+    pub(crate) applied_term: Term,
+    pub(crate) counter: i64,
+    pub(crate) volumes_created: u32,
+    pub(crate) volumes: VolumeChanges,
+    pub(crate) sessions: SessionChanges,
     pub(crate) members: Arc<Members>,
 }
 
@@ -52,7 +61,7 @@ pub(crate) struct Metadata {
 #[derive(Debug)]
 pub(crate) struct Frozen {
     pub(crate) overlay: Overlay,
-    pub(crate) metadata: Metadata,
+    pub(crate) metadata: FrozenMetadata,
 }
 
 /// What the lock of a shard guards.
@@ -71,32 +80,15 @@ pub(crate) struct ShardState {
     pub(crate) faults: Faults,
 }
 
-impl Volumes {
-    /// The volume with this id.
-    pub(crate) fn get(&self, id: VolumeId) -> Option<&VolumeInfo> {
-        self.by_id.get(&id)
-    }
-
-    /// The volume with this name.
-    pub(crate) fn by_name(&self, name: &str) -> Option<&VolumeInfo> {
-        self.get(*self.by_name.get(name)?)
-    }
-
-    /// All volumes, oldest first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &VolumeInfo> {
-        self.by_id.values()
-    }
-
-    /// Volumes created after the first `created` ones.
-    pub(crate) fn newer(&self, shard: ShardId, created: u32) -> impl Iterator<Item = &VolumeInfo> {
-        self.by_id.range(VolumeId::new(shard, created).next()..).map(|(_, info)| info)
-    }
-
-    /// Adds a volume whose name is new.
-    pub(crate) fn insert(&mut self, info: VolumeInfo) {
-        let old = self.by_name.insert(Arc::clone(&info.name), info.id);
-        assert!(old.is_none(), "volume names are unique");
-        self.by_id.insert(info.id, info);
+impl FrozenMetadata {
+    /// Adds what an earlier freeze has that was not written home.
+    pub(crate) fn follow(&mut self, older: Self) {
+        for (id, volume) in older.volumes {
+            self.volumes.entry(id).or_insert(volume);
+        }
+        for (id, session) in older.sessions {
+            self.sessions.entry(id).or_insert(session);
+        }
     }
 }
 
@@ -140,7 +132,7 @@ impl ShardState {
             }
             CommandKind::OpenSession => self.metadata.open_session(header),
             CommandKind::CloseSession => self.metadata.close_session(header),
-            CommandKind::CreateVolume => {
+            CommandKind::CreateVolume | CommandKind::NewVolume => {
                 let body = CreateVolumeBody::decode(&data[command.payload.clone()]);
                 body.map_or(Outcome::Rejected(Rejection::BadCommand), |body| {
                     self.metadata.create_volume(self.shard, header.length, body)
@@ -152,6 +144,27 @@ impl ShardState {
                 Outcome::Counter(self.metadata.counter)
             }
             CommandKind::EndSessions => self.metadata.end_sessions(owner_of(header)),
+            CommandKind::UpdateVolume => {
+                let body = UpdateVolumeBody::decode(&data[command.payload.clone()]);
+                body.map_or(Outcome::Rejected(Rejection::BadCommand), |body| {
+                    self.metadata.update_volume(header, body)
+                })
+            }
+            CommandKind::ResizeVolume => self.resize_volume(index, header),
+            CommandKind::DeleteVolume => self.delete_volume(index, header),
+            CommandKind::CordonNode => {
+                let node = decode_node(&data[command.payload.clone()]);
+                done_or_rejected(node.ok_or(Rejection::BadCommand).and_then(|node| {
+                    Arc::make_mut(&mut self.metadata.members).cordon(node, header.length != 0)
+                }))
+            }
+            CommandKind::SetReplacement => {
+                let old = ReplicaId::new(header.offset).ok_or(Rejection::BadCommand);
+                done_or_rejected(old.and_then(|old| {
+                    let members = Arc::make_mut(&mut self.metadata.members);
+                    members.replace(old, ReplicaId::new(header.length))
+                }))
+            }
             CommandKind::RegisterReplica => {
                 let id = ReplicaId::new(header.length);
                 self.metadata.register_replica(id, &data[command.payload.clone()])
@@ -168,7 +181,7 @@ impl ShardState {
         position: LogPosition,
     ) -> Outcome {
         let header = &command.header;
-        let Some(session) = self.metadata.sessions.get_mut(&header.session) else {
+        let Some(session) = self.metadata.sessions.get_mut(header.session) else {
             return Outcome::Rejected(Rejection::UnknownSession);
         };
         if header.epoch < session.epoch && !self.faults.takes_old_epochs() {
@@ -203,6 +216,65 @@ impl ShardState {
             Err(rejection) => Outcome::Rejected(rejection),
         }
     }
+
+    fn resize_volume(&mut self, index: LogIndex, header: &CommandHeader) -> Outcome {
+        let (id, size) = (header.volume, header.length);
+        let Some(old) = self.metadata.volumes.get(id).map(|volume| volume.size) else {
+            return Outcome::Rejected(Rejection::UnknownVolume);
+        };
+        if !is_volume_size(size) {
+            return Outcome::Rejected(Rejection::BadCommand);
+        }
+        if header.seq != 0 && header.seq != old && size != old {
+            return Outcome::Rejected(Rejection::Changed);
+        }
+        if size < old && !header.force {
+            return Outcome::Rejected(Rejection::Shrinks);
+        }
+        if size < old && !self.faults.keeps_what_is_cut_off() {
+            // So that it reads as zero should the volume grow again.
+            self.active.write_zeroes(id, index, (size, old), old, ZeroKind::Hole);
+        }
+        let change = |volume: &mut VolumeInfo| {
+            if size != old {
+                (volume.size, volume.modified_ms) = (size, header.offset);
+            }
+        };
+        self.metadata
+            .volumes
+            .change(id, change)
+            .map_or(Outcome::Rejected(Rejection::UnknownVolume), Outcome::VolumeChanged)
+    }
+
+    /// What the volume holds is given back by the next checkpoint: to the overlay it is one run of
+    /// holes, whatever its size.
+    fn delete_volume(&mut self, index: LogIndex, header: &CommandHeader) -> Outcome {
+        let id = header.volume;
+        if self.metadata.volumes.get(id).is_none() {
+            return Outcome::Rejected(Rejection::UnknownVolume);
+        }
+        let is_attached = self.metadata.sessions.of_volume(id, SessionId::NONE).next().is_some();
+        if is_attached && !header.force {
+            return Outcome::Rejected(Rejection::Attached);
+        }
+        let ended = self.metadata.sessions.remove_of(id);
+        self.metadata.volumes.remove(id);
+        if !self.faults.keeps_deleted_chunks() {
+            self.active.delete(id, index);
+        }
+        let sessions_ended = u32::try_from(ended).expect("sessions are bounded");
+        Outcome::VolumeDeleted { sessions_ended }
+    }
+}
+
+fn done_or_rejected(result: Result<(), Rejection>) -> Outcome {
+    result.map_or_else(Outcome::Rejected, |()| Outcome::Done)
+}
+
+/// Whether a volume may have this size.
+pub(crate) fn is_volume_size(size: u64) -> bool {
+    (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size)
+        && size.is_multiple_of(VOLUME_SIZE_MULTIPLE)
 }
 
 /// The owner that a command names.
@@ -244,9 +316,22 @@ impl Metadata {
             applied_term: record.applied_term,
             counter: record.counter,
             volumes_created: record.volumes_created,
-            volumes: Arc::default(),
-            sessions: BTreeMap::new(),
+            volumes: Volumes::default(),
+            sessions: Sessions::default(),
             members: Arc::default(),
+        }
+    }
+
+    /// What a checkpoint is to write home.
+    pub(crate) fn freeze(&mut self) -> FrozenMetadata {
+        FrozenMetadata {
+            applied: self.applied,
+            applied_term: self.applied_term,
+            counter: self.counter,
+            volumes_created: self.volumes_created,
+            volumes: self.volumes.take_changes(),
+            sessions: self.sessions.take_changes(),
+            members: Arc::clone(&self.members),
         }
     }
 
@@ -261,17 +346,16 @@ impl Metadata {
             metadata.members = Arc::new(members);
         }
         for volume in volumes {
-            let VolumeInfo { id, name, .. } = &volume;
-            let metadata = all.get_mut(&id.shard()).ok_or_else(stray("volumes"))?;
-            let known = &metadata.volumes;
-            if known.by_name(name).is_some() || known.get(*id).is_some() {
+            let metadata = all.get_mut(&volume.id.shard()).ok_or_else(stray("volumes"))?;
+            if !metadata.volumes.load(volume) {
                 return Err(MetadataError::Damaged { table: "volumes" });
             }
-            Arc::make_mut(&mut metadata.volumes).insert(volume);
         }
         for (shard, id, session) in sessions {
             let metadata = all.get_mut(&shard).ok_or_else(stray("sessions"))?;
-            metadata.sessions.insert(id, session);
+            if !metadata.sessions.load(id, session) {
+                return Err(MetadataError::Damaged { table: "sessions" });
+            }
         }
         Ok(all)
     }
@@ -281,7 +365,7 @@ impl Metadata {
         if header.session == SessionId::NONE || header.epoch < Epoch::FIRST {
             return Outcome::Rejected(Rejection::BadCommand);
         }
-        if let Some(session) = self.sessions.get_mut(&header.session) {
+        if let Some(session) = self.sessions.get_mut(header.session) {
             // The same epoch asked for twice is a command sent again, but not from someone else.
             let is_taken = header.epoch == session.epoch && owner != session.owner;
             if header.epoch < session.epoch || is_taken {
@@ -309,24 +393,22 @@ impl Metadata {
     }
 
     fn close_session(&mut self, header: &CommandHeader) -> Outcome {
-        match self.sessions.get(&header.session) {
+        match self.sessions.get(header.session) {
             None => Outcome::Rejected(Rejection::UnknownSession),
             Some(session) if header.epoch < session.epoch => {
                 Outcome::Rejected(Rejection::StaleEpoch)
             }
             Some(_) => {
-                self.sessions.remove(&header.session);
+                self.sessions.remove(header.session);
                 Outcome::SessionClosed
             }
         }
     }
 
     fn end_sessions(&mut self, owner: Owner) -> Outcome {
-        let before = self.sessions.len();
         // Not those of later ones: the command may have been on its way for long.
-        let stays = |of: Owner| of.node != owner.node || of.incarnation >= owner.incarnation;
-        self.sessions.retain(|_, session| stays(session.owner));
-        let ended = before - self.sessions.len();
+        let is_older = |of: Owner| of.node == owner.node && of.incarnation < owner.incarnation;
+        let ended = self.sessions.remove_if(|session| is_older(session.owner));
         Outcome::SessionsEnded(u32::try_from(ended).expect("sessions are bounded"))
     }
 
@@ -341,24 +423,61 @@ impl Metadata {
     }
 
     fn create_volume(&mut self, shard: ShardId, size: u64, body: CreateVolumeBody<'_>) -> Outcome {
-        if let Some(volume) = self.volumes.by_name(body.name) {
-            return Outcome::VolumeExists(volume.clone());
+        let CreateVolumeBody { name, description, labels, now_ms, key, fingerprint } = body;
+        if let Some(volume) = self.volumes.by_name(name) {
+            return if key == 0 || volume.key != key {
+                Outcome::VolumeExists(volume.clone())
+            } else if volume.fingerprint == fingerprint {
+                Outcome::VolumeRepeated(volume.clone())
+            } else {
+                Outcome::Rejected(Rejection::KeyReused)
+            };
         }
-        let size_fits = (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size);
-        if !size_fits || !size.is_multiple_of(VOLUME_SIZE_MULTIPLE) {
+        if key != 0 && self.volumes.has_key(key) {
+            return Outcome::Rejected(Rejection::KeyReused);
+        }
+        if !is_volume_size(size) {
             return Outcome::Rejected(Rejection::BadCommand);
         }
-        if self.volumes.by_id.len() >= VOLUMES_MAX || self.volumes_created == u32::MAX {
+        if self.volumes.len() >= VOLUMES_MAX || self.volumes_created == u32::MAX {
             return Outcome::Rejected(Rejection::LimitReached);
         }
         self.volumes_created += 1;
         let info = VolumeInfo {
             id: VolumeId::new(shard, self.volumes_created),
-            name: body.name.into(),
+            name: name.into(),
             size,
-            description: body.description.into(),
+            description: description.into(),
+            labels: shared_labels(labels),
+            created_ms: now_ms,
+            modified_ms: now_ms,
+            key,
+            fingerprint,
         };
-        Arc::make_mut(&mut self.volumes).insert(info.clone());
+        self.volumes.insert(info.clone());
         Outcome::VolumeCreated(info)
+    }
+
+    fn update_volume(&mut self, header: &CommandHeader, body: UpdateVolumeBody<'_>) -> Outcome {
+        let UpdateVolumeBody { description, set_labels, remove_labels } = body;
+        let Some(old) = self.volumes.get(header.volume) else {
+            return Outcome::Rejected(Rejection::UnknownVolume);
+        };
+        let mut labels = Labels::clone(&old.labels);
+        remove_labels.iter().for_each(|name| _ = labels.remove(name));
+        labels.extend(set_labels);
+        if labels.len() > LABELS_MAX {
+            return Outcome::Rejected(Rejection::LimitReached);
+        }
+        let change = |volume: &mut VolumeInfo| {
+            if let Some(description) = description {
+                volume.description = description.into();
+            }
+            volume.labels = shared_labels(labels);
+            volume.modified_ms = header.offset;
+        };
+        self.volumes
+            .change(header.volume, change)
+            .map_or(Outcome::Rejected(Rejection::UnknownVolume), Outcome::VolumeChanged)
     }
 }

@@ -5,8 +5,7 @@ const SHARD: ShardId = ShardId(3);
 
 fn contents() -> Contents {
     let volume = VolumeId::new(SHARD, 2);
-    let info =
-        VolumeInfo { id: volume, name: "vol-é".into(), size: 8192, description: "text".into() };
+    let info = VolumeInfo::new(volume, "vol-é", 8192, "text");
     let record = ShardRecord {
         applied: LogIndex(77),
         applied_term: Term(5),
@@ -39,8 +38,20 @@ fn what_is_encoded_is_decoded() {
     let metadata = decode(SHARD, &snapshot).unwrap();
     assert_eq!(metadata.counter, -3);
     assert_eq!(metadata.volumes.by_name("vol-é"), Some(&contents.volumes[0]));
-    assert_eq!(metadata.sessions[&SessionId(9)], contents.sessions[0].2);
+    assert_eq!(metadata.sessions.get(SessionId(9)), Some(&contents.sessions[0].2));
     assert!(decode(ShardId(4), &snapshot).is_none(), "another shard's");
+}
+
+#[test]
+fn a_snapshot_of_the_version_before_is_read() {
+    let contents = contents();
+    let snapshot = encode(&contents).unwrap();
+    let of_version = |version: u8| {
+        let body = resealed(&snapshot.body, |body| body[0] = version);
+        decode(SHARD, &ShardSnapshot { body, ..snapshot.clone() })
+    };
+    assert_eq!(of_version(1).unwrap().volumes.by_name("vol-é"), Some(&contents.volumes[0]));
+    assert!(of_version(0).is_none() && of_version(3).is_none());
 }
 
 #[test]

@@ -326,6 +326,17 @@ impl Model {
         }
     }
 
+    /// The volume gets another size. What is cut off reads as zero should it grow again.
+    pub(crate) fn resize(&mut self, size: usize) {
+        let old = self.bytes.len();
+        if size < old {
+            let (offset, len) = (size as u64, (old - size) as u64);
+            self.apply(Op::Zero { offset, len, no_hole: false });
+        }
+        self.bytes.resize(size, 0);
+        self.status.resize(size.div_ceil(BLOCK), BlockStatus::HOLE);
+    }
+
     /// Compares the whole volume, bytes and status.
     pub(crate) fn check(&self, node: &Node, volume: VolumeId) -> Result<(), String> {
         let found = node.read(volume, 0, self.bytes.len()).map_err(|e| format!("{e:?}"))?;

@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use crate::load::{Finished, Stall};
 
-use super::{Event, Kind};
+use super::Event;
+use super::kind::Kind;
 
 /// Counts, and how long clients stood still. Shown as a table.
 #[derive(Debug, Clone)]
 pub struct Report {
     /// Requests answered.
     pub operations: u64,
-    /// Requests that were never answered, since their node was ended.
+    /// Requests that were never answered, since what their client was attached to was ended.
     pub lost: u64,
     /// Operations on the shared region that went into the check of histories.
     pub checked: usize,
@@ -26,7 +27,7 @@ pub struct Report {
 
 #[derive(Debug, Clone, Default)]
 struct Row {
-    /// Longest stall of a client whose node was not hit, for each fault, in order of length.
+    /// Longest stall of a client not attached to what was hit, for each fault, in order of length.
     stalls: Vec<Duration>,
     /// From the end of each fault until all clients had answers, in order of length.
     recoveries: Vec<Duration>,
@@ -68,7 +69,7 @@ impl fmt::Display for Report {
         let Self { operations, lost, checked, faults, reconnects, rows } = self;
         writeln!(
             f,
-            "{faults} faults, {operations} requests answered, {lost} lost with their node, \
+            "{faults} faults, {operations} requests answered, {lost} lost with their connection, \
              {reconnects} reconnections, {checked} operations in histories"
         )?;
         writeln!(f, "{:<28}{:>6}{:>42}{:>16}", "", "", "longest stall of other clients, ms", "")?;
@@ -78,9 +79,8 @@ impl fmt::Display for Report {
             "fault", "count", "p50", "p99", "max", "recovery max"
         )?;
         for ((second, kind, leader), Row { stalls, recoveries }) in rows {
-            let role = if *leader { "leader" } else { "follower" };
             let second = if *second { " + one" } else { "" };
-            let name = format!("{kind}, {role}{second}");
+            let name = format!("{kind}{}{second}", kind.role(*leader));
             let ms = |time: Duration| time.as_millis();
             writeln!(
                 f,

@@ -14,7 +14,7 @@ use rand::{Rng as _, SeedableRng as _};
 
 use crate::client::{ClientError, ConnectOptions, NbdClient, Reply};
 use crate::history::Operation;
-use crate::node::Target;
+use crate::server::Target;
 
 use super::region::{ReadFlight, Region, SECTOR, ZERO, content, value_in};
 use super::{ANSWER_MAX, Outcome, Shared, Stall, nanoseconds};

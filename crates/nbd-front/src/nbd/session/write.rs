@@ -5,11 +5,13 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use nbd_proto::{CommandKind, ReplyTo};
+use nbd_service::trace::Span;
 use nbd_store::command::{self, WriteBuilder};
 use nbd_store::limits::MUTATION_BYTES_MAX;
 use nbd_store::{CommandKind as LogKind, Epoch, SessionId, VolumeId};
 
 use super::super::in_flight::Pending;
+use super::super::trace;
 use super::{Session, SessionEnd, Stage};
 use crate::budget::BytePermit;
 use crate::route::GroupStopped;
@@ -35,6 +37,8 @@ pub(super) struct PayloadStage {
     /// Bytes of the last part that are here.
     pub(super) filled: usize,
     pub(super) progress: Instant,
+    /// The request's root, if it is traced.
+    trace: Option<Span>,
 }
 
 impl Session {
@@ -60,19 +64,21 @@ impl Session {
         let Stage::Payload(payload) = std::mem::replace(&mut self.stage, Stage::Header) else {
             unreachable!("only in this stage")
         };
-        let PayloadStage { to, len, first_seq, permit, parts, .. } = payload;
+        let PayloadStage { to, len, first_seq, permit, parts, trace, .. } = payload;
         let reserved = self.client.reserve(parts.len() as u64);
         debug_assert_eq!(reserved, first_seq, "nothing else is begun while a payload arrives");
+        let context = trace::decoded(trace.as_ref());
         let pending = Pending {
             parts: parts.len(),
             first_seq: Some(first_seq),
+            trace,
             ..Pending::new(to, CommandKind::Write, len)
         };
         let token = self.in_flight.insert(pending);
         let share = Arc::new(permit);
         for (seq, part) in (first_seq..).zip(parts) {
             let share = Some(Arc::clone(&share));
-            self.client.submit(seq, part.finish(), token, share).await?;
+            self.client.submit(seq, part.finish(), token, share, context).await?;
         }
         Ok(true)
     }
@@ -82,9 +88,9 @@ impl Session {
         &mut self,
         to: ReplyTo,
         kind: LogKind,
-        offset: u64,
-        len: u64,
+        (offset, len): (u64, u64),
         no_hole: bool,
+        trace: Option<Span>,
     ) -> Result<(), GroupStopped> {
         let seq = self.client.reserve(1);
         let (id, epoch, volume) = (self.client.id(), self.client.epoch(), self.client.volume());
@@ -99,20 +105,21 @@ impl Session {
                 (CommandKind::WriteZeroes, zeroes)
             }
         };
-        let pending = Pending { first_seq: Some(seq), ..Pending::new(to, kind, len) };
+        let context = trace::decoded(trace.as_ref());
+        let pending = Pending { first_seq: Some(seq), trace, ..Pending::new(to, kind, len) };
         let token = self.in_flight.insert(pending);
-        self.client.submit(seq, command, token, None).await
+        self.client.submit(seq, command, token, None, context).await
     }
 }
 
 impl PayloadStage {
     pub(super) fn new(
         to: ReplyTo,
-        offset: u64,
-        len: u64,
+        (offset, len): (u64, u64),
         first_seq: u64,
         permit: BytePermit,
         since: Instant,
+        trace: Option<Span>,
     ) -> Self {
         let (next, parts, last_len, filled) = (offset, Vec::new(), 0, 0);
         Self {
@@ -127,6 +134,7 @@ impl PayloadStage {
             last_len,
             filled,
             progress: since,
+            trace,
         }
     }
 

@@ -12,8 +12,8 @@ use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::watch as channel;
 use tokio_util::sync::CancellationToken;
-use tonic::Code;
 use tonic::transport::Channel;
+use tonic::{Code, Streaming};
 
 use super::super::*;
 use crate::app::Replica;
@@ -82,7 +82,8 @@ impl Scene {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         // The node has moved since its shard was formed.
-        let moved = cluster(&CLUSTER.replace("127.0.0.1:2", "127.0.0.1:22"));
+        let moved = CLUSTER.replace("127.0.0.1:2", "127.0.0.1:22");
+        let moved = cluster(&moved.replace("127.0.0.1:1", "127.0.0.1:11"));
         let stop = CancellationToken::new();
         let server = nbd_rpc::server()
             .add_service(service(cluster_name(), shards, Some(Addresses::new(Arc::new(moved)))))
@@ -129,27 +130,29 @@ fn route(term: u64, leader: u64, serving: bool) -> Route {
     Route { term: Term(term), leader: Some(leader), serving }
 }
 
-fn at(replica: u64, node: &str, grpc: &str) -> v1::ReplicaAddress {
-    v1::ReplicaAddress { replica, node: node.to_owned(), grpc: grpc.to_owned() }
+fn at(replica: u64, node: &str, grpc: &str, nbd: &str) -> v1::ReplicaAddress {
+    let (node, grpc, nbd) = (node.to_owned(), grpc.to_owned(), nbd.to_owned());
+    v1::ReplicaAddress { replica, node, grpc, nbd }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watcher_is_told_at_once_and_of_every_change() {
     let scene = Scene::start().await;
     let mut views = scene.watch("demo", 0).await.unwrap();
-    let members = vec![v1::ShardMember { at: Some(at(1, "alone", "127.0.0.1:22")), voter: true }];
+    let alone = at(1, "alone", "127.0.0.1:22", "127.0.0.1:11");
+    let members = vec![v1::ShardMember { at: Some(alone), voter: true }];
     let unknown = v1::ShardView { replica: 1, term: 0, leader: None, serving: false, members };
     assert_eq!(next(&mut views).await, unknown, "at the address that is configured by now");
 
     scene.route.send_replace(route(4, 2, false));
     let elsewhere =
-        v1::ShardView { term: 4, leader: Some(at(2, "n2", "n2:7400")), ..unknown.clone() };
+        v1::ShardView { term: 4, leader: Some(at(2, "n2", "n2:7400", "")), ..unknown.clone() };
     assert_eq!(next(&mut views).await, elsewhere);
 
     scene.route.send_replace(route(5, 1, true));
     let here = v1::ShardView {
         term: 5,
-        leader: Some(at(1, "n1", "n1:7400")),
+        leader: Some(at(1, "n1", "n1:7400", "127.0.0.1:11")),
         serving: true,
         ..unknown.clone()
     };
@@ -192,8 +195,6 @@ async fn watchers_are_bounded_and_leave_their_places() {
     let shared = Shared {
         cluster: cluster_name(),
         shards,
-        budget: ByteBudget::new(BYTES_MAX),
-        attachments: Arc::new(Semaphore::new(1)),
         watchers: Arc::new(Semaphore::new(1)),
         addresses: None,
     };
@@ -222,7 +223,8 @@ async fn a_node_that_stops_ends_its_watchers_streams() {
     let mut views = watch(RpcClient::new(own.connect_lazy()), "demo", 0).await.unwrap();
     let first = next(&mut views).await;
     assert!(first.serving && first.leader.unwrap().replica == 1);
-    assert_eq!(first.members[0].at.as_ref().unwrap().grpc, "127.0.0.1:2");
+    let own = first.members[0].at.as_ref().unwrap();
+    assert_eq!((own.grpc.as_str(), own.nbd.as_str()), ("127.0.0.1:2", "127.0.0.1:1"));
     scene.stop().await;
     let ended = tokio::time::timeout(DEADLINE, async {
         loop {

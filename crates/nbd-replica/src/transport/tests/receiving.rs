@@ -2,7 +2,10 @@ use nbd_log::checksum::crc32c;
 use nbd_rpc::identity::{PROTOCOL_VERSION, directory_to_bytes};
 use nbd_rpc::v1::deliver_frame::Frame;
 use nbd_rpc::v1::raft_transport_client::RaftTransportClient;
-use nbd_rpc::v1::{DeliverAck, DeliverBatch, DeliverFrame, DeliverHello, RaftMessage};
+use nbd_rpc::v1::{
+    DeliverAck, DeliverBatch, DeliverFrame, DeliverHello, RaftMessage, TraceNote, TraceNotes,
+};
+use prost::Message as _;
 use tokio_stream::Stream;
 use tonic::{Code, Status, Streaming};
 
@@ -31,6 +34,7 @@ fn message(bytes: &'static str) -> RaftMessage {
         to_replica: 1,
         message: bytes.into(),
         crc32c: crc32c(bytes.as_bytes()),
+        traces: Bytes::new(),
     }
 }
 
@@ -181,6 +185,26 @@ async fn damaged_and_malformed_messages_end_the_stream() {
     let call = Call::begin(&one, frame(Frame::Hello(hello()))).await.unwrap();
     call.frames.send(frame(Frame::Hello(hello()))).await.unwrap();
     assert_eq!(call.end().await.code(), Code::InvalidArgument);
+}
+
+// Goal: what is wrong with notes of traces costs no message.
+#[tokio::test]
+async fn notes_of_traces_are_taken_if_they_are_sound_and_short() {
+    let mut one = callee().await;
+    let call = Call::begin(&one, frame(Frame::Hello(hello()))).await.unwrap();
+    let note = |index| TraceNote { term: 1, index, span_id: 7, ..TraceNote::default() };
+    let notes: Vec<TraceNote> = (0..64).map(note).collect();
+    let sound = TraceNotes { notes: notes.clone() }.encode_to_vec();
+    let cases: [(Vec<u8>, &[TraceNote]); 3] =
+        [(sound, &notes), (b"no notes".to_vec(), &[]), ([0x0a, 0].repeat(2049), &[])];
+    for (traces, taken) in cases {
+        call.send(vec![RaftMessage { traces: traces.into(), ..message("x") }]).await;
+        if !taken.is_empty() {
+            assert_eq!(one.event().await, Event::Traces(taken.to_vec()));
+        }
+        let message = Event::Message { to: replica(1), from: replica(2), bytes: "x".into() };
+        assert_eq!(one.event().await, message);
+    }
 }
 
 // Goal: a stream of the same process takes its predecessor's place in silence; one of a new process
