@@ -13,7 +13,8 @@ use self::graph::{Graph, Kind};
 use crate::process;
 
 /// Crates for development: no program that ships may contain them.
-const DEVELOPMENT_ONLY: [&str; 4] = ["nbd-testkit", "nbd-sim", "cinderblock-benches", "xtask"];
+const DEVELOPMENT_ONLY: [&str; 5] =
+    ["nbd-testkit", "nbd-compose", "nbd-sim", "cinderblock-benches", "xtask"];
 
 /// Crates that take bytes and events and give bytes and effects: no runtime, no transport, no
 /// command line, so that every test and simulation can run them unchanged. Nor untyped errors:

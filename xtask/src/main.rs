@@ -11,11 +11,13 @@
 //! - [`mod@bench`]: paired measurements, in release.
 //! - [`chaos`]: three replicas under load with faults all the time, in release, for as long as one
 //!   likes.
+//! - [`compose`]: the cluster of `compose.yaml` in containers, under faults.
 //! - [`sim`]: a whole cluster in one thread, over as many seeds as one likes, in release.
 
 mod bench;
 mod chaos;
 mod ci;
+mod compose;
 mod deps;
 mod drawings;
 mod process;
@@ -66,6 +68,9 @@ enum Command {
     /// Build in release, and kill, pause and cut off replicas, and load balancers if there are any,
     /// under a verified load.
     Chaos(chaos::Args),
+    /// Build the image as it ships, and test the cluster of compose.yaml under faults. Needs Docker
+    /// and compose, and no image registry.
+    ComposeTest(compose::Args),
     /// Build in release and run the simulation.
     Sim {
         /// Passed on to the simulation: `--seeds 10000`, or `--seed 4711` to see one again.
@@ -98,6 +103,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Tidy => tidy::check(&root).and_then(|()| drawings::check(&root)).map(|()| true),
         Command::Bench { args } => bench::run(&root, &args).map(|()| true),
         Command::Sim { args } => sim::run(&root, &args).map(|()| true),
+        Command::ComposeTest(args) => compose::run(&root, args).map(|()| true),
         Command::Chaos(args) => chaos::run(&root, args),
     }
 }

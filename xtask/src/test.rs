@@ -3,7 +3,8 @@
 //! cargo prints one summary per test binary and none over all; this adds them up. A binary that
 //! dies without a summary counts as a failure, and so does a workspace that does not compile. A
 //! test that finds a tool missing at run time writes its name to the file named by [`SKIP_LOG`]
-//! (`nbd_testkit::require_tools!`); the harness calls it passed, here it counts as skipped.
+//! (`nbd_testkit::require_tools!`); the harness calls it passed, here it counts as skipped. So does
+//! the cluster in containers ([`compose`]), which is one test more.
 
 mod summary;
 
@@ -15,7 +16,7 @@ use std::process::{Command, Stdio};
 use anyhow::Context as _;
 
 use self::summary::Summary;
-use crate::process;
+use crate::{compose, process};
 
 /// Names the file to which tests append the reason why they skip themselves, one line each.
 pub(crate) const SKIP_LOG: &str = "CINDERBLOCK_SKIP_LOG";
@@ -90,6 +91,7 @@ fn run_all(root: &Path, target: &Path, skip_log: &Path, args: &[String]) -> anyh
     if !args.is_empty() {
         return Ok(totals);
     }
+    totals += compose::as_one_test(root, target, skip_log);
     // Mistakes made on purpose are not built into what the other tests start; and thousands of
     // seeds want to be fast.
     let mut planted = process::cargo(root);
