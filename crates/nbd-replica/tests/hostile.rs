@@ -28,7 +28,7 @@ use nbd_proto::{
     encode_request,
 };
 use nbd_testkit::{
-    ClientError, Cluster, ConnectOptions, NbdClient, NodeProcess, Reply, process, seed,
+    ClientError, Cluster, ConnectOptions, NbdClient, NodeProcess, Reply, process, read_some, seed,
 };
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -77,7 +77,7 @@ fn await_close(stream: &mut TcpStream, patience: Duration) {
         let left = patience.saturating_sub(began.elapsed());
         assert!(!left.is_zero(), "the server has not closed the connection");
         stream.set_read_timeout(Some(left)).unwrap();
-        match stream.read(&mut buffer) {
+        match read_some(stream, &mut buffer) {
             Ok(0) => return,
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return,
             Ok(_) | Err(_) => {}
@@ -322,7 +322,7 @@ fn clients_that_do_not_read_their_replies_cost_little() {
     let mut expected = 64 * ((1 << 20) + 16);
     let mut buffer = vec![0; 1 << 20];
     while expected > 0 {
-        let count = late.stream().read(&mut buffer).unwrap();
+        let count = read_some(late.stream(), &mut buffer).unwrap();
         assert!(count > 0, "the server closed with {expected} bytes to come");
         expected -= count;
     }

@@ -27,7 +27,8 @@ use nbd_proto::{
 };
 use nbd_testkit::process::Signal;
 use nbd_testkit::{
-    ClientError, Cluster, ConnectOptions, NbdClient, NodeProcess, http, list_exports, tools,
+    ClientError, Cluster, ConnectOptions, NbdClient, NodeProcess, http, list_exports, read_some,
+    tools,
 };
 use serde_json::Value;
 
@@ -255,7 +256,7 @@ fn requests_received_before_sigterm_are_answered() {
     success();
     cluster.node().signal(Signal::TERM);
     (1..8).for_each(|_| success());
-    assert_eq!(client.stream().read(&mut [0; 16]).unwrap(), 0, "more than the replies");
+    assert_eq!(read_some(client.stream(), &mut [0; 16]).unwrap(), 0, "more than the replies");
     assert_eq!(cluster.node_mut().wait_exit().code(), Some(0));
     cluster.node_mut().start();
     let mut client = cluster.node().connect("answered").unwrap();
@@ -624,7 +625,7 @@ fn describe(node: &NodeProcess, export: &str) -> Result<RemoteExport, u32> {
             Some(other) => panic!("{other:?}"),
             None => {
                 let mut buffer = [0; 4096];
-                let count = stream.read(&mut buffer).unwrap();
+                let count = read_some(&mut stream, &mut buffer).unwrap();
                 assert!(count > 0, "the server closed");
                 input.extend_from_slice(&buffer[..count]);
             }

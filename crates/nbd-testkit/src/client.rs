@@ -18,6 +18,7 @@ use nbd_proto::{
 
 pub use self::error::{ClientError, ErrorReply};
 use self::pending::Pending;
+use crate::read_some;
 
 /// How long a connection may stand still before an operation fails. Well above any stall that a
 /// test provokes on purpose.
@@ -153,7 +154,7 @@ fn refusal(event: ClientEvent) -> ClientError {
 fn fill(stream: &mut TcpStream, input: &mut BytesMut) -> Result<(), ClientError> {
     let start = input.len();
     input.resize(start + READ_BYTES, 0);
-    let read = stream.read(&mut input[start..]);
+    let read = read_some(stream, &mut input[start..]);
     input.truncate(start + *read.as_ref().unwrap_or(&0));
     match read? {
         0 => Err(ClientError::Closed),

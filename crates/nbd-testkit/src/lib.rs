@@ -14,6 +14,7 @@
 //! - [`chaos`]: a cluster under load, with faults by a schedule from a seed.
 //! - [`NbdClient`]: an NBD client over `nbd-proto`'s client side, with pipelining and access to the
 //!   bytes for tests that misbehave.
+//! - [`read_some()`]: from a socket with a time limit, whatever signals come.
 //! - [`http`]: requests, for probes, metrics and the control API; [`schemathesis`]: requests made
 //!   up from a server's OpenAPI document.
 //! - [`tools`]: finding programs, and skipping tests that need a missing one ([`require_tools!`]).
@@ -37,6 +38,7 @@ mod health;
 mod network;
 mod node;
 mod ports;
+mod read_some;
 mod seed;
 mod server;
 #[cfg(feature = "spans")]
@@ -52,6 +54,7 @@ pub use self::health::{Health, ShardDigest, ShardHealth};
 pub use self::network::{Fault, Network};
 pub use self::node::NodeProcess;
 pub use self::ports::{free_port, free_ports_at};
+pub use self::read_some::read_some;
 pub use self::seed::seed;
 pub use self::server::{ServerProcess, Target};
 #[cfg(feature = "spans")]

@@ -288,6 +288,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
+    use crate::read_some;
 
     /// A node that sends back what it is sent.
     fn echo() -> u16 {
@@ -321,9 +322,9 @@ mod tests {
     /// Whether nothing comes for a while.
     fn silent(mut stream: &TcpStream) -> bool {
         stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-        let nothing = stream.read(&mut [0]).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock);
+        let ended = read_some(&mut stream, &mut [0]);
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        nothing
+        ended.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 
     #[test]

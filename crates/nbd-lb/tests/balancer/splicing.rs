@@ -1,6 +1,5 @@
 //! Clients whose bytes are moved within the kernel: they attach anew when their replica is lost.
 
-use std::io::Read as _;
 use std::net::Shutdown;
 use std::process::Command;
 use std::sync::Barrier;
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nbd_proto::{ClientGoal, Command as Request, ReplyStyle};
 use nbd_testkit::{
-    ClientError, Cluster, ConnectOptions, NbdClient, Reply, list_exports, require_tools,
+    ClientError, Cluster, ConnectOptions, NbdClient, Reply, list_exports, read_some, require_tools,
 };
 
 use crate::process::Process;
@@ -129,7 +128,7 @@ fn a_client_that_has_said_all_gets_every_answer() {
     for _ in 0..32 {
         assert_eq!(client.receive().unwrap().1.unwrap(), Reply::Done);
     }
-    assert_eq!(client.stream().read(&mut [0; 16]).unwrap(), 0, "and then the end");
+    assert_eq!(read_some(client.stream(), &mut [0; 16]).unwrap(), 0, "and then the end");
     wait_until("both to be gone", || balancer.get("/sessions").json()["total"] == 0);
 }
 
@@ -156,7 +155,7 @@ fn a_lost_replica_is_a_lost_connection() {
         cluster.at_mut(leader).kill_9();
         let killed = Instant::now();
         busy.read(0, 4096).unwrap_err();
-        let ended = idle.stream().read(&mut [0; 16]);
+        let ended = read_some(idle.stream(), &mut [0; 16]);
         assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
         assert!(killed.elapsed() < NOTICE_MAX, "{:?}", killed.elapsed());
         let mut again = balancer.connect("v");

@@ -1,14 +1,13 @@
 //! A caller of `Control`, and what tests wait for.
 
 use std::future::Future;
-use std::io::Read as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_rpc::v1;
 use nbd_rpc::v1::admin_client::AdminClient;
 use nbd_rpc::v1::control_client::ControlClient;
-use nbd_testkit::{Cluster, NbdClient, NodeProcess};
+use nbd_testkit::{Cluster, NbdClient, NodeProcess, read_some};
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
@@ -55,7 +54,7 @@ pub(crate) fn assert_disconnected(client: &mut NbdClient) {
     stream.set_read_timeout(Some(DISCONNECT_MAX)).unwrap();
     let mut byte = [0];
     // The end of the stream, or a reset.
-    let ended = match stream.read(&mut byte) {
+    let ended = match read_some(stream, &mut byte) {
         Ok(count) => count == 0,
         Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
     };

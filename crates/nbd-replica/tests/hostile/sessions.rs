@@ -1,6 +1,6 @@
 //! What clients send: valid sessions as recordings, and what becomes of them in hostile hands.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use nbd_proto::constants::{CommandFlags, command, option};
 use nbd_proto::option::{InfoOption, InfoRequests, MetaContextOption, encode_option};
 use nbd_proto::{ExportName, ReplyStyle, RequestHeader};
+use nbd_testkit::read_some;
 use rand::rngs::StdRng;
 use rand::{Rng as _, RngCore as _};
 use socket2::SockRef;
@@ -265,7 +266,7 @@ fn read_until(stream: &mut TcpStream, deadline: Instant) -> Vec<u8> {
             return received;
         }
         stream.set_read_timeout(Some(left)).expect("set a timeout");
-        match stream.read(&mut buffer) {
+        match read_some(stream, &mut buffer) {
             Ok(0) | Err(_) => return received,
             Ok(count) => received.extend_from_slice(&buffer[..count]),
         }

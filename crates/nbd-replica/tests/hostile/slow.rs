@@ -1,9 +1,11 @@
 //! Many slow clients at once, driven by one thread.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nbd_testkit::read_some;
 
 /// What is to become of a slow client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,11 +105,11 @@ impl Slow {
             return;
         }
         let sent = match self.script.pop() {
-            Some(byte) => self.stream.write(&[byte]).map(drop),
+            Some(byte) => self.stream.write_all(&[byte]),
             None => Ok(()),
         };
         let mut buffer = [0; 1024];
-        match self.stream.read(&mut buffer) {
+        match read_some(&mut self.stream, &mut buffer) {
             Ok(0) => self.closed = Some(began.elapsed()),
             Ok(count) => self.received += count,
             Err(error) if error.kind() == ErrorKind::WouldBlock && sent.is_ok() => {}

@@ -1,12 +1,12 @@
 //! What goes through arrives whole, both ways, and so does an end.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::Shutdown;
 use std::process::Command;
 
 use bytes::BytesMut;
 use nbd_proto::{Command as Request, encode_disconnect};
-use nbd_testkit::{Reply, require_tools};
+use nbd_testkit::{Reply, read_some, require_tools};
 
 use crate::process::{Stack, wait_until};
 
@@ -54,6 +54,6 @@ fn a_client_that_has_said_all_gets_every_answer() {
     for _ in 0..32 {
         assert_eq!(client.receive().unwrap().1.unwrap(), Reply::Done);
     }
-    assert_eq!(client.stream().read(&mut [0; 16]).unwrap(), 0, "and then the end");
+    assert_eq!(read_some(client.stream(), &mut [0; 16]).unwrap(), 0, "and then the end");
     wait_until("it to be gone", || stack.balance.connections() == 0);
 }
