@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use serde_json::Value;
@@ -174,18 +174,26 @@ impl Container {
     }
 }
 
-/// The exit codes with which a container's process has ended since a moment, given in seconds of
-/// 1970.
+/// The exit codes with which a container's process has ended since a moment.
 ///
 /// # Errors
 /// As [`docker`].
-pub(crate) fn exit_codes(container: &Container, since: u64) -> anyhow::Result<Vec<i64>> {
-    let (since, filter) = (since.to_string(), format!("container={}", container.id));
-    let events = ["events", "--since", &since, "--until", "0s", "--filter", &filter];
+pub(crate) fn exit_codes(container: &Container, since: SystemTime) -> anyhow::Result<Vec<i64>> {
+    let filter = format!("container={}", container.id);
+    // A moment told as an age, such as `0s`, is rounded down to a second, and what happened since
+    // is left out.
+    let (since, until) = (timestamp(since), timestamp(SystemTime::now()));
+    let events = ["events", "--since", &since, "--until", &until, "--filter", &filter];
     let of_ends = ["--filter", "event=die", "--format", "{{.Actor.Attributes.exitCode}}"];
     let listed = docker(&[&events[..], &of_ends].concat())?;
     let codes = listed.split_whitespace().map(str::parse).collect::<Result<_, _>>();
     codes.with_context(|| format!("exit codes: {listed:?}"))
+}
+
+/// Seconds since 1970, to the nanosecond, as Docker reads them.
+fn timestamp(moment: SystemTime) -> String {
+    let since = moment.duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{}.{:09}", since.as_secs(), since.subsec_nanos())
 }
 
 /// The address of this machine at which containers reach it.
@@ -234,6 +242,12 @@ mod tests {
         assert_eq!(container.address_in("back"), Some(Ipv4Addr::new(172, 19, 0, 4)));
         assert_eq!(container.address_in("front"), None, "not connected at present");
         assert!(Container::parse_all(r#"[{"Id": "x"}]"#).is_err());
+    }
+
+    #[test]
+    fn moments_are_told_to_the_nanosecond() {
+        let moment = UNIX_EPOCH + Duration::new(1_795_761_873, 7_000_009);
+        assert_eq!(timestamp(moment), "1795761873.007000009");
     }
 
     #[test]

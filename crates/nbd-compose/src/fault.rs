@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 
@@ -143,7 +143,7 @@ impl fmt::Display for Fault {
 
 /// Has a container's process stop in good order, and starts it again.
 fn restart(container: &Container) -> anyhow::Result<()> {
-    let since = unix_time();
+    let since = SystemTime::now();
     docker(&["restart", "--time", STOP_SECONDS_MAX, &container.id])?;
     let codes = exit_codes(container, since)?;
     if codes != [0] {
@@ -211,9 +211,4 @@ impl Inside {
     fn crash(&self, container: &Container) -> anyhow::Result<()> {
         self.run(&["kill", "-KILL", &container.pid.to_string()])
     }
-}
-
-/// Seconds since 1970.
-pub(crate) fn unix_time() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

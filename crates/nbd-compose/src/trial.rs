@@ -5,14 +5,14 @@ mod front;
 
 use std::collections::BTreeMap;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
 use nbd_testkit::load::{Finished, Load, LoadOptions};
 
 use crate::cluster::{BALANCERS, CONTROL, Cluster, FRONT, ISOLATION_EXIT, REPLICAS, services};
 use crate::engine::exit_codes;
-use crate::fault::{Fault, Inside, unix_time};
+use crate::fault::{Fault, Inside};
 use crate::steps::Steps;
 use crate::waiting::wait_for;
 
@@ -177,7 +177,7 @@ impl<'a> Trial<'a> {
     fn isolated_once(&mut self) -> anyhow::Result<bool> {
         let (leader, [victim, _]) = self.cluster.roles(1)?;
         let inside = self.inside.as_ref().context("a way into containers")?;
-        let (container, since) = (self.cluster.container(victim)?, unix_time());
+        let (container, since) = (self.cluster.container(victim)?, SystemTime::now());
         let begin = Instant::now();
         Fault::Unheard.begin(self.cluster, Some(inside), victim, &[leader])?;
         let going_on = self.wait_for_answers()?;
