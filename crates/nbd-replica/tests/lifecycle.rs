@@ -144,7 +144,7 @@ fn health(node: &NodeProcess) -> Value {
         assert!(applied.as_u64().unwrap() >= 1, "{json}");
         assert!(committed.as_u64() >= applied.as_u64(), "{json}");
         let elapsed_ms = shard["elapsed_ms"].as_f64().unwrap();
-        assert!((0.0..1000.0).contains(&elapsed_ms), "{json}");
+        assert!((0.0..20_000.0).contains(&elapsed_ms), "{json}");
     }
     json
 }
@@ -157,13 +157,16 @@ fn committed(json: &Value) -> u64 {
     json["shards"][0]["committed"].as_u64().unwrap()
 }
 
+/// For tests of what `/health` does: that a busy disk makes it fail in time is another's matter.
+const PATIENT_HEALTH: &str = "--health-deadline=20s";
+
 /// Longer than a result of `/health` is shared.
 const UNSHARED: Duration = Duration::from_millis(150);
 
 #[test]
 fn health_moves_the_counter_of_every_shard() {
-    let mut cluster =
-        Cluster::builder().shards(&[&["nbd-1-1"], &["nbd-1-1"], &["nbd-1-1"]]).start();
+    let three: &[&[&str]] = &[&["nbd-1-1"], &["nbd-1-1"], &["nbd-1-1"]];
+    let mut cluster = Cluster::builder().shards(three).argument(PATIENT_HEALTH).start();
     let mut last = health(cluster.node());
     assert_eq!(last["shards"].as_array().unwrap().len(), 3);
     for round in 0..8 {
@@ -188,7 +191,7 @@ fn health_moves_the_counter_of_every_shard() {
 
 #[test]
 fn a_storm_of_health_checks_is_no_load() {
-    let cluster = Cluster::start();
+    let cluster = Cluster::builder().argument(PATIENT_HEALTH).start();
     let node = cluster.node();
     let before = committed(&health(node));
     thread::sleep(UNSHARED);
@@ -221,7 +224,7 @@ fn sigterm_under_load_loses_nothing() {
     cluster.node_mut().start();
     let starting = began.elapsed();
     println!("stopped in {stopping:?} after {acknowledged} bytes, started in {starting:?}");
-    assert!(starting < Duration::from_secs(2), "starting took {starting:?}");
+    assert!(starting < Duration::from_secs(5), "starting took {starting:?}");
     verify(cluster.node(), "loaded", &written);
 }
 
@@ -325,7 +328,7 @@ fn sigterm_waits_for_stubborn_clients_until_the_deadline() {
     drop((idlers, deaf, writer));
     let began = Instant::now();
     cluster.node_mut().start();
-    assert!(began.elapsed() < Duration::from_secs(2), "starting took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(5), "starting took {:?}", began.elapsed());
     let mut client = cluster.node().connect("idle").unwrap();
     assert_eq!(client.read(0, 4096).unwrap(), [5; 4096]);
 }

@@ -2,7 +2,6 @@
 
 use std::net::Shutdown;
 use std::process::Command;
-use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -236,41 +235,52 @@ fn a_stop_answers_what_was_received() {
     drop(idle);
 }
 
+/// All of them read what is theirs at the same time, and before that write it if they are to.
+fn use_at_once(clients: &mut [NbdClient], round: u8, write: bool) {
+    thread::scope(|scope| {
+        for (client, number) in clients.iter_mut().zip(0_u8..) {
+            scope.spawn(move || {
+                let (offset, bytes) = (u64::from(number) * 65_536, [number ^ round; 65_536]);
+                if write {
+                    client.write(offset, &bytes).unwrap();
+                }
+                assert!(client.read(offset, 65_536).unwrap() == bytes);
+            });
+        }
+    });
+}
+
 // Goal: many clients at a time get their own bytes, and leave nothing behind.
+// Method: they attach a few at a time, for a replica has two seconds to agree with each. Once all
+// are attached they write and read at the same time.
 #[test]
 fn two_hundred_clients_leave_nothing_open() {
     const CLIENTS: usize = 200;
+    const ATTACHING: usize = 16;
     let cluster = cluster();
     let balancer = Process::start(&cluster, SPLICE);
     drop(balancer.connect("v"));
     wait_until("nobody", || balancer.get("/sessions").json()["total"] == 0);
     let before = balancer.descriptors();
     for round in 0..2_u8 {
-        let met = Barrier::new(CLIENTS + 1);
-        thread::scope(|scope| {
-            for number in 0..CLIENTS {
-                let (met, balancer) = (&met, &balancer);
-                scope.spawn(move || {
-                    let mut client = balancer.connect("v");
-                    let fill = u8::try_from(number).unwrap() ^ round;
-                    let offset = (number * 65_536) as u64;
-                    client.write(offset, &[fill; 65_536]).unwrap();
-                    assert!(client.read(offset, 65_536).unwrap() == [fill; 65_536]);
-                    met.wait();
-                    met.wait();
-                    assert!(client.read(offset, 65_536).unwrap() == [fill; 65_536]);
-                });
-            }
-            met.wait();
-            let listed = balancer.get("/sessions").json();
-            assert_eq!(listed["total"], CLIENTS);
-            assert_eq!(balancer.metric("nbd_sessions{shard=\"0\"}"), 200.0);
-            // Two sockets each, and no pipe of its own for one that is idle.
-            let open = balancer.descriptors();
-            let most = before + 2 * CLIENTS + PIPE_DESCRIPTORS_MAX + 8;
-            assert!((before + 2 * CLIENTS..=most).contains(&open), "{before}, now {open}");
-            met.wait();
+        let attach = |first: usize| -> Vec<NbdClient> {
+            (first..CLIENTS).step_by(ATTACHING).map(|_| balancer.connect("v")).collect()
+        };
+        let mut clients: Vec<NbdClient> = thread::scope(|scope| {
+            let threads = (0..ATTACHING).map(|first| scope.spawn(move || attach(first)));
+            let threads: Vec<_> = threads.collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
         });
+        use_at_once(&mut clients, round, true);
+        let listed = balancer.get("/sessions").json();
+        assert_eq!(listed["total"], CLIENTS);
+        assert_eq!(balancer.metric("nbd_sessions{shard=\"0\"}"), 200.0);
+        // Two sockets each, and no pipe of its own for one that is idle.
+        let open = balancer.descriptors();
+        let most = before + 2 * CLIENTS + PIPE_DESCRIPTORS_MAX + 8;
+        assert!((before + 2 * CLIENTS..=most).contains(&open), "{before}, now {open}");
+        use_at_once(&mut clients, round, false);
+        drop(clients);
         wait_until("nobody", || balancer.get("/sessions").json()["total"] == 0);
         let after = balancer.descriptors();
         assert!(after <= before + PIPE_DESCRIPTORS_MAX + 8, "{before}, then {after}");

@@ -1,8 +1,9 @@
 //! A new load balancer in the place of a running one: whoever is attached notices nothing.
 
 use std::io::{Read as _, Write as _};
+use std::mem;
 use std::net::TcpStream;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use nbd_testkit::load::{Load, LoadOptions};
 use nbd_testkit::{ConnectOptions, NbdClient, Reply, list_exports, require_tools, seed};
 
 use crate::beside::Beside;
-use crate::carrying::{assert_unharmed, finish_at};
+use crate::carrying::{assert_unharmed, finish_at, term};
 use crate::succession::{Place, Process};
 use crate::support::{cluster, stale_but, wait_until};
 
@@ -28,6 +29,67 @@ fn replace(place: &Place, cluster: &nbd_testkit::Cluster, before: &mut Process) 
     after
 }
 
+/// fio, one run after the other: how long a run takes has nothing to do with how long takeovers do.
+struct Fio {
+    uri: String,
+    run: Child,
+}
+
+impl Fio {
+    const EXPORT: &str = "fio";
+
+    fn start(uri: String) -> Self {
+        Self { run: Self::spawn(&uri), uri }
+    }
+
+    /// A run: eight seconds of writing at least, then all that was written is verified.
+    fn spawn(uri: &str) -> Child {
+        let mut fio = Command::new("fio");
+        fio.args(["--name=verified", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--size=8m"])
+            .args(["--iodepth=16", "--rate_iops=250", "--verify=crc32c", "--verify_fatal=1"])
+            // Unlike what the run before has left: that must not pass for what this one writes.
+            .args(["--verify_state_save=0", "--randrepeat=0"])
+            .arg(format!("--uri={uri}"));
+        fio.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Waits until a run is attached and at work: the next, if one has ended, which it must have
+    /// done well.
+    fn wait_attached(&mut self, place: &Place) {
+        wait_until("fio to be attached", || {
+            // More than a connection brings that only asks for the size.
+            let works = received_bytes(place, Self::EXPORT).is_some_and(|bytes| bytes >= 4096);
+            if self.run.try_wait().unwrap().is_none() {
+                return works;
+            }
+            // What is listed behind this is the next run's.
+            wait_until("a run of fio to be gone", || received_bytes(place, Self::EXPORT).is_none());
+            assert_verified(mem::replace(&mut self.run, Self::spawn(&self.uri)));
+            false
+        });
+    }
+
+    fn finish(self) {
+        assert_verified(self.run);
+    }
+}
+
+/// The run ends without an error, and all that it wrote was there.
+fn assert_verified(run: Child) {
+    let ended = run.wait_with_output().unwrap();
+    let told = [ended.stdout, ended.stderr].concat();
+    let told = String::from_utf8_lossy(&told);
+    assert!(ended.status.success() && told.contains("err= 0"), "{told}");
+}
+
+/// Bytes that came from the client of this volume. `None`: there is no such client.
+fn received_bytes(place: &Place, export: &str) -> Option<u64> {
+    let listed = place.get("/sessions")?.json();
+    let mut sessions = listed["sessions"].as_array().unwrap().iter();
+    let session = sessions.find(|session| session["export"] == export)?;
+    session["received_bytes"].as_u64()
+}
+
 // Goal: six takeovers in a row cost no client an error, a disconnect or a wrong byte, and no
 // connection is refused.
 // Method: a load that checks everything, other people's clients that verify, one that idles, and
@@ -36,6 +98,7 @@ fn replace(place: &Place, cluster: &nbd_testkit::Cluster, before: &mut Process) 
 fn nobody_notices_takeovers() {
     require_tools!["fio", "qemu-io"];
     let mut cluster = cluster();
+    let before = term(&cluster);
     let place = Place::new();
     let mut balancer = place.start(&cluster, &[PATIENT]);
     let options =
@@ -60,12 +123,7 @@ fn nobody_notices_takeovers() {
         thread::sleep(Duration::from_millis(2));
     });
     let uri = |export: &str| format!("nbd://127.0.0.1:{}/{export}", place.nbd);
-    let mut fio = Command::new("fio");
-    fio.args(["--name=verified", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--size=16m"])
-        .args(["--iodepth=16", "--rate_iops=250", "--verify=crc32c", "--verify_fatal=1"])
-        .args(["--verify_state_save=0"])
-        .arg(format!("--uri={}", uri("fio")));
-    let mut fio = fio.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut fio = Fio::start(uri(Fio::EXPORT));
     let mut qemu = Command::new("qemu-io");
     qemu.args(["-f", "raw"]).arg(uri("qemu"));
     let mut qemu = qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -79,7 +137,7 @@ fn nobody_notices_takeovers() {
 
     for takeover in 1..=6 {
         tell(&format!("write -P {takeover} {takeover}M 1M\n")).unwrap();
-        assert_eq!(fio.try_wait().unwrap(), None, "fio ends too early to see takeover {takeover}");
+        fio.wait_attached(&place);
         let after = replace(&place, &cluster, &mut balancer);
         let log = balancer.log();
         assert!(log.contains("handed over what could be"), "{log}");
@@ -97,10 +155,9 @@ fn nobody_notices_takeovers() {
     let told = String::from_utf8(told.stdout).unwrap();
     assert_eq!(told.matches("read 1048576/1048576").count(), 6, "{told}");
     assert!(!told.contains("failed") && !told.contains("rror"), "{told}");
-    let verified = fio.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&verified.stdout).into_owned();
-    assert!(verified.status.success() && text.contains("err= 0"), "{text}");
-    assert_unharmed(&finish_at(load, &mut cluster, &place.target()));
+    fio.finish();
+    let finished = finish_at(load, &mut cluster, &place.target());
+    assert_unharmed(&finished, 0, term(&cluster) - before);
 }
 
 // Goal: a successor that dies before it is ready has changed nothing.
@@ -261,6 +318,7 @@ fn many_requests_under_way_are_all_answered_once() {
 #[test]
 fn a_takeover_and_a_failover_at_the_same_time() {
     let mut cluster = cluster();
+    let before = term(&cluster);
     let place = Place::new();
     let mut balancer = place.start(&cluster, &[PATIENT]);
     let options =
@@ -286,7 +344,8 @@ fn a_takeover_and_a_failover_at_the_same_time() {
         assert_eq!(after.ended(), None, "{}", after.log());
         balancer = after;
     }
-    assert_unharmed(&finish_at(load, &mut cluster, &place.target()));
+    let finished = finish_at(load, &mut cluster, &place.target());
+    assert_unharmed(&finished, 4, term(&cluster) - before);
 }
 
 // Goal: clients that are many are handed over a few at a time, and soon.

@@ -18,7 +18,7 @@ use socket2::SockRef;
 pub(crate) const VICTIM: &str = "victim";
 
 /// Everything a hostile session may take, from its first byte to its last.
-const DEADLINE: Duration = Duration::from_millis(300);
+pub(crate) const HURRY: Duration = Duration::from_millis(300);
 
 /// All that a client sends in one session.
 #[derive(Clone, Default)]
@@ -226,11 +226,12 @@ pub(crate) fn play(
     bytes: &[u8],
     cuts: [usize; 2],
     leave: Leave,
+    deadline: Duration,
 ) -> Vec<u8> {
     let began = Instant::now();
     let mut stream = TcpStream::connect(address).expect("the server accepts connections");
     stream.set_nodelay(true).expect("set TCP_NODELAY");
-    stream.set_write_timeout(Some(DEADLINE)).expect("set a timeout");
+    stream.set_write_timeout(Some(deadline)).expect("set a timeout");
     let (first, second) = (cuts[0].min(cuts[1]), cuts[0].max(cuts[1]));
     let (first, second) = (first.min(bytes.len()), second.min(bytes.len()));
     for piece in [&bytes[..first], &bytes[first..second], &bytes[second..]] {
@@ -249,9 +250,9 @@ pub(crate) fn play(
         Leave::HalfClose => {
             // It fails if the server has closed.
             let _ = stream.shutdown(Shutdown::Write);
-            DEADLINE
+            deadline
         }
-        Leave::Linger => DEADLINE / 20,
+        Leave::Linger => deadline / 20,
     };
     read_until(&mut stream, began + patience)
 }

@@ -1,9 +1,11 @@
 //! `nbdctl` in a real terminal, by tmux: the live screen, progress, questions, colours.
 
+use std::fs;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nbd_testkit::process::{Signal, send_signal};
 use nbd_testkit::require_tools;
 
 use crate::fake::Fake;
@@ -27,7 +29,7 @@ impl Terminal {
         let nothing = ["-f", "/dev/null"];
         let size = ["new-session", "-d", "-s", "t", "-x", &columns, "-y", &rows, &shell];
         terminal.tmux(&nothing.iter().chain(&size).copied().collect::<Vec<_>>());
-        terminal.wait("ready>");
+        terminal.wait_prompt();
         terminal
     }
 
@@ -78,6 +80,16 @@ impl Terminal {
         self.wait_for(text, |screen| screen.contains(text))
     }
 
+    /// Waits until the shell asks for a command. The line of the last command has the prompt, too,
+    /// but can be seen while that command still runs and reads what is typed.
+    #[track_caller]
+    fn wait_prompt(&self) {
+        self.wait_for("the prompt", |screen| {
+            let last = screen.lines().rfind(|line| !line.trim().is_empty());
+            last.is_some_and(|line| line.trim() == "ready>")
+        });
+    }
+
     /// Whether the shell is there again and shows what is typed: the code of the last command.
     #[track_caller]
     fn code(&self) -> String {
@@ -121,7 +133,7 @@ fn top_is_live_and_gives_the_terminal_back() {
     terminal.resize(120, 40);
     terminal.wait_for("40 rows", |screen| fits(40, screen) && screen.contains("p pause"));
     terminal.keys("q");
-    terminal.wait("ready>");
+    terminal.wait_prompt();
     assert_eq!(terminal.code(), "0");
     assert!(!terminal.screen().contains("by name"), "the screen is as it was before");
 }
@@ -134,16 +146,17 @@ fn top_ends_well_however_it_ends() {
     terminal.nbdctl("top");
     terminal.wait("by IOPS");
     terminal.key("C-c");
-    terminal.wait("ready>");
+    terminal.wait_prompt();
     assert_eq!(terminal.code(), "0");
     terminal.keys("clear");
     terminal.key("Enter");
-    // By a signal, sent by its own shell.
-    let nbdctl = env!("CARGO_BIN_EXE_nbdctl");
-    terminal.keys(&format!("(sleep 1; kill -TERM $(pgrep -P $$ nbdctl)) & {nbdctl} top"));
+    // By a signal. It runs in place of a shell that has written down its id.
+    terminal.keys(&format!("(echo $BASHPID > ~/pid; exec {} top)", env!("CARGO_BIN_EXE_nbdctl")));
     terminal.key("Enter");
     terminal.wait("by IOPS");
-    terminal.wait("ready>");
+    let pid = fs::read_to_string(terminal.directory.path().join("pid")).unwrap();
+    send_signal(pid.trim().parse().unwrap(), Signal::TERM);
+    terminal.wait_prompt();
     assert_eq!(terminal.code(), "143");
     terminal.keys("clear");
     terminal.key("Enter");
@@ -156,7 +169,7 @@ fn top_ends_well_however_it_ends() {
     terminal.key("Enter");
     terminal.wait("by IOPS");
     terminal.keys("q");
-    terminal.wait("ready>");
+    terminal.wait_prompt();
     assert_eq!(terminal.code(), "0");
 }
 
@@ -176,7 +189,7 @@ fn top_goes_on_when_nobody_answers() {
     let screen = terminal.wait("error: no majority");
     assert!(screen.contains("vol1"), "what was known stays: {screen}");
     terminal.keys("q");
-    terminal.wait("ready>");
+    terminal.wait_prompt();
 }
 
 #[test]

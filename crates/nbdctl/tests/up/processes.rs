@@ -48,10 +48,16 @@ fn the_leader_is_killed_while_clients_write() {
     assert!(said.contains("SIGKILL"), "{said}");
     assert_ne!(up.leader(0), leader);
 
-    wait_until("the command", || up.errors().lines().count() > 1);
-    let line = up.errors().lines().last().unwrap().trim().to_owned();
+    // Replicas may have warned of something before and after.
+    let mut line = None;
+    wait_until("the command", || {
+        let errors = up.errors();
+        let mut from = errors.lines().skip_while(|line| !line.contains("To start it again"));
+        line = from.nth(1).map(|line| line.trim().to_owned());
+        line.is_some()
+    });
     let mut shell = Command::new("/bin/sh");
-    shell.args(["-c", &format!("exec {line}")]).current_dir("/");
+    shell.args(["-c", &format!("exec {}", line.unwrap())]).current_dir("/");
     shell.stdout(Stdio::null()).stderr(Stdio::null());
     let mut started = shell.spawn().unwrap();
     wait_until("the replica", || is_ready(up.http_of(&leader)));

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use nbd_testkit::free_port;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -28,8 +29,9 @@ pub(super) struct Proxy {
 
 impl Proxy {
     pub(super) async fn to(target: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        // One of those from which the kernel takes none for connections, while nobody listens.
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let listener = TcpListener::bind(address).await.unwrap();
         let mode = watch::Sender::new(Mode::Pass);
         tokio::spawn(accept(listener, target, mode.subscribe()));
         Self { address, target, mode }

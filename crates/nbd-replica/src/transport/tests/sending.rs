@@ -2,7 +2,7 @@ use std::time::Instant;
 
 use super::proxy::{Mode, Proxy};
 use super::*;
-use crate::transport::limits::{BULK_BYTES_MAX, CONTROL_MESSAGES_MAX};
+use crate::transport::limits::{BULK_BYTES_MAX, CONTROL_MESSAGES_MAX, RECONNECT_WAIT_MAX};
 
 /// Node 1 reaches node 2 through a proxy; both lanes are up. Node 2 does not connect to node 1.
 async fn pair_with_proxy() -> (Node, Node, Proxy) {
@@ -72,8 +72,8 @@ async fn a_bulk_backlog_does_not_delay_control_messages() {
     assert!(bytes <= BULK_BYTES_MAX);
     latencies.sort_unstable();
     println!("median {:?}, worst {:?}, {bytes} bytes waiting", latencies[50], latencies[99]);
-    assert!(latencies[50] < Duration::from_millis(20), "{:?}", latencies[50]);
     // Behind the backlog it would have been seconds; this leaves room for a busy machine.
+    assert!(latencies[50] < Duration::from_millis(100), "{:?}", latencies[50]);
     assert!(latencies[99] < Duration::from_millis(500), "{:?}", latencies[99]);
 }
 
@@ -127,7 +127,8 @@ async fn a_dead_peer_is_noticed_at_once_and_found_again() {
     let noticed = killed.elapsed();
     two.lost(1).await;
     println!("noticed in {noticed:?} and {:?}", killed.elapsed());
-    assert!(killed.elapsed() < Duration::from_millis(100), "{:?}", killed.elapsed());
+    // By its silence alone it would have been noticed after 1.5 s, as a frozen one is.
+    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
 
     tokio::time::sleep(Duration::from_millis(1500)).await;
     for _ in 0..100 {
@@ -175,7 +176,8 @@ async fn a_caller_is_called_back() {
             break;
         }
         worst = worst.max(called.elapsed());
-        assert!(worst < Duration::from_millis(250), "{worst:?}");
+        // The wait would be between this and twice as long.
+        assert!(worst < RECONNECT_WAIT_MAX / 2, "{worst:?}");
     }
 }
 
