@@ -7,7 +7,8 @@
 //! - [`Cluster`], [`NodeProcess`]: `nbd-replica` processes on free loopback ports, each with a data
 //!   directory of its own: kill, terminate, pause, wipe, restart; gone with the test. `nbd-lb`
 //!   processes in front of them: [`Cluster::balancer`]; `nbd-control` processes beside them:
-//!   [`Cluster::control`]. [`ServerProcess`]: what all of them are.
+//!   [`Cluster::control`]. [`ServerProcess`]: what all of them are. [`StartedProcess`]: one that
+//!   chooses its own ports.
 //! - [`Network`]: proxies between the nodes, which cut, hold or delay what passes, one-way too.
 //! - [`load`]: requests over many connections to many nodes, each answer held against what may
 //!   legally be there; [`history`]: whether registers were linearizable.
@@ -43,6 +44,7 @@ mod seed;
 mod server;
 #[cfg(feature = "spans")]
 mod spans;
+mod started;
 
 pub use self::binary::binary;
 pub use self::client::{
@@ -59,3 +61,4 @@ pub use self::seed::seed;
 pub use self::server::{ServerProcess, Target};
 #[cfg(feature = "spans")]
 pub use self::spans::{SeenSpan, SpanCollector, write_tree};
+pub use self::started::StartedProcess;

@@ -1,16 +1,13 @@
 //! A running `nbdctl balance`, and what is behind it.
 
-use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{self, JoinHandle};
+use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nbd_testkit::http::{self, Response};
-use nbd_testkit::process::{Signal, send_signal};
-use nbd_testkit::{Cluster, NbdClient, ServerProcess};
-use serde_json::Value;
+use nbd_testkit::process::Signal;
+use nbd_testkit::{Cluster, NbdClient, ServerProcess, StartedProcess};
 
 /// Time for anything that is awaited; nothing takes nearly as long.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -68,44 +65,34 @@ impl Stack {
 }
 
 /// A running `nbdctl balance`. Dropping it kills it.
-pub(crate) struct Balance {
-    child: Child,
-    nbd: SocketAddr,
-    http: SocketAddr,
-    log: Option<JoinHandle<Vec<String>>>,
-}
+pub(crate) struct Balance(StartedProcess);
 
 impl Balance {
     pub(crate) fn start(backends: &[String], flags: &[&str]) -> Self {
         let mut command = nbdctl();
         command.args(["balance", "--nbd=127.0.0.1:0", "--http=127.0.0.1:0", "--log-format=json"]);
         command.arg(format!("--backends={}", backends.join(",")));
-        let mut child = command.args(flags).stderr(Stdio::piped()).spawn().unwrap();
-        let stderr = child.stderr.take().unwrap();
-        let (sender, started) = channel();
-        let log = thread::spawn(move || read_log(stderr, &sender));
-        let (nbd, http) = addresses(&started);
-        Self { child, nbd, http, log: Some(log) }
+        Self(StartedProcess::start(command.args(flags)))
     }
 
     pub(crate) fn uri(&self, export: &str) -> String {
-        format!("nbd://{}/{export}", self.nbd)
+        format!("nbd://{}/{export}", self.nbd())
     }
 
     pub(crate) const fn nbd(&self) -> SocketAddr {
-        self.nbd
+        self.0.nbd()
     }
 
     pub(crate) const fn http(&self) -> SocketAddr {
-        self.http
+        self.0.http()
     }
 
     pub(crate) fn connect(&self, export: &str) -> NbdClient {
-        NbdClient::connect(self.nbd, export).unwrap()
+        NbdClient::connect(self.nbd(), export).unwrap()
     }
 
     pub(crate) fn get(&self, path: &str) -> Response {
-        http::get(self.http, path).unwrap()
+        http::get(self.http(), path).unwrap()
     }
 
     /// Load balancers that greeted when they were last asked.
@@ -122,41 +109,10 @@ impl Balance {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        send_signal(self.child.id(), signal);
+        self.0.signal(signal);
     }
 
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        self.child.wait().unwrap()
+        self.0.wait()
     }
-}
-
-impl Drop for Balance {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let log = self.log.take().and_then(|log| log.join().ok()).unwrap_or_default();
-        if thread::panicking() {
-            eprintln!("the balancer's log:\n{}", log.join("\n"));
-        }
-    }
-}
-
-#[track_caller]
-fn addresses(started: &Receiver<Value>) -> (SocketAddr, SocketAddr) {
-    let fields = started.recv_timeout(DEADLINE).expect("it starts");
-    let address = |name: &str| fields[name].as_str().unwrap().parse().unwrap();
-    (address("nbd"), address("http"))
-}
-
-/// Reads the log to its end, and passes on what it says of a start.
-fn read_log(stderr: ChildStderr, started: &Sender<Value>) -> Vec<String> {
-    let mut lines = Vec::new();
-    for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-        let entry = serde_json::from_str::<Value>(&line).unwrap_or_default();
-        if entry["fields"]["message"] == "started" {
-            let _ = started.send(entry["fields"].clone());
-        }
-        lines.push(line);
-    }
-    lines
 }
