@@ -1,7 +1,8 @@
 //! Other processes, by id.
 
 use std::fs;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, kill_process};
 
@@ -15,6 +16,38 @@ pub fn send_signal(pid: u32, signal: Signal) {
     let id = i32::try_from(pid).ok().and_then(Pid::from_raw);
     let id = id.unwrap_or_else(|| panic!("{pid} is not a process id"));
     kill_process(id, signal).unwrap_or_else(|e| panic!("send {signal:?} to {pid}: {e}"));
+}
+
+/// Stops the process `pid` where it is, with SIGSTOP, and waits until none of its threads runs: the
+/// signal reaches them one by one, and those behind go on for a moment.
+///
+/// # Panics
+/// If there is no such process, it is not ours to signal, or it does not stop.
+pub fn stop(pid: u32) {
+    send_signal(pid, Signal::STOP);
+    let sent = Instant::now();
+    while !is_stopped(pid) {
+        assert!(sent.elapsed() < STOP_MAX, "{pid} does not stop");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Time for a process to stop: a thread that waits for a disk stops when it has been served.
+const STOP_MAX: Duration = Duration::from_secs(60);
+
+/// Whether no thread of the process `pid` runs, because it is stopped.
+fn is_stopped(pid: u32) -> bool {
+    let path = format!("/proc/{pid}/task");
+    let tasks = fs::read_dir(&path).unwrap_or_else(|e| panic!("read {path}: {e}"));
+    // A thread may end meanwhile.
+    let stats =
+        tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("stat")).ok());
+    stats.map(|stat| parse_state(&stat)).all(|state| state == Some('T'))
+}
+
+/// The field state, the first behind the program's name in parentheses.
+fn parse_state(stat: &str) -> Option<char> {
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 /// Memory of the process `pid` that is resident now, in bytes.
@@ -69,6 +102,8 @@ fn parse_kib(status: &str, key: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -78,6 +113,31 @@ mod tests {
         assert!(rss_peak_bytes(pid) >= rss_bytes(pid) / 2);
         assert_eq!(parse_kib("VmHWM:\t  12 kB\nVmRSS:\t  7 kB\n", "VmRSS"), Some(7));
         assert_eq!(parse_kib("VmRSSx: 7 kB", "VmRSS"), None);
+    }
+
+    // Goal: what a process that was stopped would have done is not done.
+    // Method: it counts, and its count is as it was when it was stopped.
+    #[test]
+    fn a_stopped_process_does_nothing_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let count = directory.path().join("count");
+        let counting = "while :; do echo >> count; done";
+        let mut shell = Command::new("/bin/sh");
+        let mut child = shell.args(["-c", counting]).current_dir(&directory).spawn().unwrap();
+        let len = || fs::metadata(&count).map_or(0, |count| count.len());
+        for _ in 0..20 {
+            let before = len();
+            while len() == before {
+                thread::sleep(Duration::from_millis(1));
+            }
+            stop(child.id());
+            let stopped = len();
+            thread::sleep(Duration::from_millis(5));
+            assert_eq!(len(), stopped);
+            send_signal(child.id(), Signal::CONT);
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

@@ -214,7 +214,7 @@ impl ServerProcess {
     /// # Panics
     /// If it does not run.
     pub fn pause(&mut self) {
-        self.signal(Signal::STOP);
+        process::stop(self.pid());
         self.paused = true;
     }
 
